@@ -90,6 +90,15 @@ def _draw(canvas: np.ndarray, images: np.ndarray, objects: Sequence[Object]) -> 
         canvas[where] += alpha[rows, i, j] * (ink[rows, i, j] - canvas[where])
 
 
+def stamp(shape: str, texture: str, u: np.ndarray, v: np.ndarray, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coverage and brightness, both 0 to 1, of one kind of object at points (u, v) in units of its radius in pixels."""
+    alpha = np.clip(0.5 - signed_distance(shape, u, v) * radius, 0.0, 1.0)
+    shade = np.ones_like(alpha)
+    if texture != "plain":
+        shade = TEXTURE_SHADE + (1 - TEXTURE_SHADE) * _texture(texture, u, v)
+    return alpha, shade
+
+
 def signed_distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Distance to the outline of a shape of unit radius, negative inside; u to the right, v downwards."""
     if shape == "circle":

@@ -93,7 +93,11 @@ class SceneDistribution:
             raise ValueError(f"max_objects={self.max_objects!r} must be 1 to 4")
         if len(self.kinds) != len(KINDS) or min(self.kinds) < 0 or sum(self.kinds) <= 0:
             raise ValueError(f"kinds={self.kinds!r} must be {len(KINDS)} weights >= 0 with a positive sum, for {KINDS}")
-        if len(self.texture_weights) != len(TEXTURES) or min(self.texture_weights) < 0 or sum(self.texture_weights) <= 0:
+        if (
+            len(self.texture_weights) != len(TEXTURES)
+            or min(self.texture_weights) < 0
+            or sum(self.texture_weights) <= 0
+        ):
             raise ValueError(
                 f"texture_weights={self.texture_weights!r} must be {len(TEXTURES)} weights >= 0 with a positive sum"
             )
