@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import TypeVar
 
 from pared_zoo.world.attributes import COUNT_WORDS
 from pared_zoo.world.scene import Object, Scene
+
+T = TypeVar("T")
 
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
@@ -63,5 +66,5 @@ def _adjectives(obj: Object) -> str:
     return f"{obj.size} {texture}{obj.color}"
 
 
-def _pick(rng: random.Random | None, options: tuple):
+def _pick(rng: random.Random | None, options: tuple[T, ...]) -> T:
     return options[0] if rng is None else options[rng.randrange(len(options))]

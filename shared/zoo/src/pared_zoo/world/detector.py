@@ -134,7 +134,7 @@ def _detect_block(images: np.ndarray) -> list[Detection]:
         chosen = [(i, y, x) for i, size, y, x in proposals if size == k]
         if chosen:
             index = np.array(chosen)
-            for i, obj in zip(index[:, 0], _fit(contrast, background, index, word, side), strict=True):
+            for i, obj in zip(index[:, 0], _fit(contrast, background, index, word), strict=True):
                 if obj.explained >= MIN_EXPLAINED:
                     found[i].append(obj)
     nearest = np.square(background[:, None] - _BACKGROUNDS).sum(-1).argmin(-1)
@@ -181,75 +181,66 @@ def _propose(contrast: np.ndarray, background: np.ndarray, side: int) -> list[tu
 def _gain_maps(contrast: np.ndarray, background: np.ndarray, side: int) -> np.ndarray:
     """Drop of the squared error by the best object of each size at each pixel, (pictures, sizes, side, side)."""
     spectrum = np.fft.rfft2(contrast)
-    gains = np.empty((len(contrast), len(SIZES), side, side), dtype=np.float32)
+    gains = np.full((len(contrast), len(SIZES), side, side), -np.inf, dtype=np.float32)
     for k, word in enumerate(SIZES):
-        bank = _bank(side, word, 1, 1, 0.0)
-        masks, alphas = _spectra(side, word)
-        with_mask = np.fft.irfft2(spectrum[:, None] * masks[None, :, None], s=(side, side)).astype(np.float32)
-        with_alpha = np.fft.irfft2(spectrum[:, None] * alphas[None, :, None], s=(side, side)).astype(np.float32)
-        shape = bank.shape
-        for i in range(len(contrast)):
-            on_background = np.tensordot(with_alpha[i], background[i], axes=(1, 0))
+        bank, masks = _bank(side, word, *_coarse(side)), _spectra(side, word)
+        for i, best in enumerate(gains[:, k]):
+            matched = np.fft.irfft2(spectrum[i] * masks, s=(side, side))
+            outlined = np.tensordot(matched[: bank.outlines], background[i], axes=(1, 0))
             energy = bank.energy(background[i])
-            best = np.full((side, side), -np.inf, dtype=np.float32)
-            for t in range(len(shape)):
-                ink = np.tensordot(_COLORS, with_mask[i, t], axes=(1, 0)) - on_background[shape[t]]
-                best = np.maximum(best, (2 * ink - energy[t][:, None, None]).max(axis=0))
-            gains[i, k] = best
+            for t, channels in enumerate(matched):
+                ink = np.tensordot(_COLORS, channels, axes=(1, 0)) - outlined[bank.outline[t]]
+                np.maximum(best, (2 * ink - energy[t][:, None, None]).max(axis=0), out=best)
     return gains
 
 
+def _coarse(side: int) -> tuple[int, int, float]:
+    """(radii, shifts, reach) of the templates that search everywhere: below 48 pixels half a pixel matters."""
+    return (1, 1, 0.0) if side >= 48 else (1, 2, 0.25)
+
+
 @lru_cache(maxsize=16)
-def _spectra(side: int, size: str) -> tuple[np.ndarray, np.ndarray]:
-    """Conjugate spectra of the nominal templates of a size, which correlate when multiplied."""
-    bank = _bank(side, size, 1, 1, 0.0)
-    width = 2 * bank.half + 1
-
-    def spectra(windows: np.ndarray) -> np.ndarray:
-        canvas = np.zeros((len(windows), side, side), dtype=np.float32)
-        at = np.arange(-bank.half, bank.half + 1) % side
-        canvas[:, at[:, None], at[None, :]] = windows.reshape(len(windows), width, width)
-        return np.conj(np.fft.rfft2(canvas))
-
-    return spectra(bank.masks), spectra(bank.alphas)
+def _spectra(side: int, size: str) -> np.ndarray:
+    """Conjugate spectra of the searching templates of a size, (templates, 1, side, side // 2 + 1)."""
+    bank = _bank(side, size, *_coarse(side))
+    canvas = np.zeros((len(bank.masks), 1, side, side), dtype=np.float32)
+    at = np.arange(-bank.half, bank.half + 1) % side
+    canvas[:, 0, at[:, None], at[None, :]] = bank.masks.reshape(-1, at.size, at.size)
+    return np.conj(np.fft.rfft2(canvas))
 
 
 # -- what: all words, radii and shifts at one place -------------------------------------------------------------------
 
 
-def _fit(contrast: np.ndarray, background: np.ndarray, index: np.ndarray, size: str, side: int) -> list[DetectedObject]:
+def _fit(contrast: np.ndarray, background: np.ndarray, index: np.ndarray, size: str) -> list[DetectedObject]:
     """Best words, centre and radius of one object of ``size`` near each (picture, row, column) of ``index``."""
+    side = contrast.shape[-1]
     bank = _bank(side, size, 5, 9, 1.0)
-    at = np.arange(-bank.half, bank.half + 1)
+    at = np.arange(2 * bank.half + 1)
     padded = np.pad(contrast, ((0, 0), (0, 0), (bank.half, bank.half), (bank.half, bank.half)))
+    picture, y, x = index.T
+    rows, columns = y[:, None, None] + at[:, None], x[:, None, None] + at
+    patches = padded[picture[:, None, None], :, rows, columns].reshape(len(index), at.size**2, 3)
+    matched = np.matmul(bank.masks, patches.transpose(1, 0, 2).reshape(at.size**2, -1))
+    matched = matched.reshape(len(bank.masks), len(index), 3)
     objects = []
-    for i, y, x in index:
-        patch = padded[i][:, y + bank.half + at[:, None], x + bank.half + at[None, :]].reshape(3, -1)
-        with_mask, with_alpha = bank.masks @ patch.T, bank.alphas @ patch.T
-        ink = with_mask @ _COLORS.T - (with_alpha @ background[i])[bank.shape][:, None]
+    for k, i in enumerate(picture):
+        outlined = matched[: bank.outlines, k] @ background[i]
         energy = bank.energy(background[i])
-        gain = 2 * ink - energy
+        gain = 2 * (matched[:, k] @ _COLORS.T - outlined[bank.outline][:, None]) - energy
         t, color = np.unravel_index(int(gain.argmax()), gain.shape)
         shape, texture, radius, dx, dy = bank.meaning(int(t))
-        objects.append(
-            DetectedObject(
-                shape,
-                tuple(COLORS)[color],
-                size,
-                texture,
-                float((x + 0.5 + dx) / side),
-                float((y + 0.5 + dy) / side),
-                float(radius / side),
-                float(gain[t, color] / energy[t, color]),
-            )
-        )
+        centre = (float((x[k] + 0.5 + dx) / side), float((y[k] + 0.5 + dy) / side))
+        explained = float(gain[t, color] / energy[t, color])
+        words = (shape, tuple(COLORS)[color], size, texture)
+        objects.append(DetectedObject(*words, *centre, radius / side, explained))
     return objects
 
 
 class _Bank:
-    """Colourless templates of one size: ``masks`` (textured) and ``alphas`` (outline), flattened windows.
+    """Colourless templates of one size as flattened windows: brightness times coverage.
 
-    Template ``t`` has outline ``shape[t]`` of ``alphas``.
+    Plain templates come first and are the outlines of all; ``outline[t]`` is the one of template ``t``.
     """
 
     def __init__(self, side: int, size: str, radii: int, shifts: int, reach: float) -> None:
@@ -258,35 +249,31 @@ class _Bank:
         jitter = np.linspace(-RADIUS_JITTER, RADIUS_JITTER, radii) if radii > 1 else np.zeros(1)
         shift = np.linspace(-reach, reach, shifts)
         grid = np.meshgrid(nominal * (1 + jitter), shift, shift, indexing="ij")
-        self.geometry = np.stack([g.ravel() for g in grid], axis=1)
+        self._geometry = np.stack([g.ravel() for g in grid], axis=1)
+        self._kinds = [(shape, texture) for texture in TEXTURES for shape in SHAPES]
         at = np.arange(-self.half, self.half + 1, dtype=np.float32)
-        radius, dx, dy = (self.geometry[:, k, None].astype(np.float32) for k in range(3))
+        radius, dx, dy = (self._geometry[:, k, None].astype(np.float32) for k in range(3))
         u, v = ((at - dx) / radius)[:, None, :], ((at - dy) / radius)[:, :, None]
-        drawn = [[stamp(shape, texture, u, v, radius[:, :, None]) for texture in TEXTURES] for shape in SHAPES]
-        pixels = at.size * at.size
-        self.alphas = np.stack([d[0][0] for d in drawn]).reshape(-1, pixels)
-        self.masks = np.stack([alpha * shade for d in drawn for alpha, shade in d]).reshape(-1, pixels)
-        count = len(self.geometry)
-        self.shape = np.repeat(np.arange(len(SHAPES)), len(TEXTURES) * count) * count
-        self.shape += np.tile(np.arange(count), len(SHAPES) * len(TEXTURES))
-        outline = self.alphas[self.shape]
-        self._mask_mask = np.square(self.masks).sum(-1)
-        self._mask_alpha = (self.masks * outline).sum(-1)
-        self._alpha_alpha = np.square(outline).sum(-1)
+        drawn = (stamp(shape, texture, u, v, radius[:, :, None]) for shape, texture in self._kinds)
+        self.masks = np.stack([alpha * shade for alpha, shade in drawn]).reshape(-1, at.size**2)
+        self.outlines = len(SHAPES) * len(self._geometry)
+        self.outline = np.tile(np.arange(self.outlines), len(TEXTURES))
+        outline = self.masks[: self.outlines]
+        self._ink_ink = np.square(self.masks).sum(-1)
+        self._ink_outline = np.concatenate([(m * outline).sum(-1) for m in np.split(self.masks, len(TEXTURES))])
+        self._outline_outline = np.square(outline).sum(-1)[self.outline]
 
     def energy(self, background: np.ndarray) -> np.ndarray:
         """``|T|^2`` of every template in every colour, (templates, colours)."""
-        squared = np.square(_COLORS).sum(-1)
-        crossed = _COLORS @ background
-        constant = self._alpha_alpha * np.square(background).sum()
-        return self._mask_mask[:, None] * squared - 2 * self._mask_alpha[:, None] * crossed + constant[:, None]
+        squared, crossed = np.square(_COLORS).sum(-1), _COLORS @ background
+        constant = self._outline_outline * np.square(background).sum()
+        return self._ink_ink[:, None] * squared - 2 * self._ink_outline[:, None] * crossed + constant[:, None]
 
     def meaning(self, template: int) -> tuple[str, str, float, float, float]:
         """(shape, texture, radius, dx, dy) of a template, in pixels."""
-        kind, place = divmod(template, len(self.geometry))
-        shape, texture = divmod(kind, len(TEXTURES))
-        radius, dx, dy = self.geometry[place]
-        return SHAPES[shape], TEXTURES[texture], float(radius), float(dx), float(dy)
+        kind, place = divmod(template, len(self._geometry))
+        radius, dx, dy = self._geometry[place]
+        return *self._kinds[kind], float(radius), float(dx), float(dy)
 
 
 @lru_cache(maxsize=16)

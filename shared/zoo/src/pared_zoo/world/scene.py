@@ -57,7 +57,8 @@ class Scene:
     Attributes:
         objects: one to four objects; in a "pair" the relation reads ``objects[0] relation objects[1]``.
         background: a word of ``BACKGROUNDS``.
-        kind: one of ``KINDS``: a single object, one with a named place, a related pair, equal objects to count, or a list.
+        kind: one of ``KINDS``: a single object, one with a named place, a related pair, equal objects to count, or a
+            list.
         relation: a word of ``RELATIONS`` for a pair, else None.
         place: a word of ``PLACES`` for a placed object, else None.
     """
