@@ -13,7 +13,7 @@ import nox
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-from workspace import Member, members  # noqa: E402
+from workspace import UV, Member, members  # noqa: E402
 
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "none"
@@ -28,9 +28,11 @@ TEST_ENV = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_O
 NO_TESTS_COLLECTED = 5
 
 
-def uv_run(session: nox.Session, *command: str, env: dict[str, str] | None = None, codes: tuple[int, ...] = (0,)) -> None:
+def uv_run(
+    session: nox.Session, *command: str, env: dict[str, str] | None = None, codes: tuple[int, ...] = (0,)
+) -> None:
     """Run a command in the locked environment."""
-    session.run("uv", "run", "--frozen", *command, env=env, external=True, success_codes=codes)
+    session.run(UV, "run", "--frozen", *command, env=env, external=True, success_codes=codes)
 
 
 def run_tests(session: nox.Session, folder: Path, marks: str, *options: str, env: dict[str, str] | None = None) -> None:
@@ -41,10 +43,10 @@ def run_tests(session: nox.Session, folder: Path, marks: str, *options: str, env
     uv_run(session, *arguments, env=TEST_ENV | (env or {}), codes=(0, NO_TESTS_COLLECTED))
 
 
-def add(name: str, doc: str, function: Callable[[nox.Session], None], *, default: bool = False) -> None:
+def add(name: str, doc: str, function: Callable[[nox.Session], None], *, default: bool = False, tag: str = "") -> None:
     """Register a session whose name is only known from the folders."""
     function.__doc__ = doc
-    nox.session(name=name, default=default)(function)
+    nox.session(name=name, default=default, tags=[tag] if tag else None)(function)
 
 
 @nox.session
@@ -56,7 +58,7 @@ def lint(session: nox.Session) -> None:
     uv_run(session, "check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
     uv_run(session, "check-jsonschema", "--builtin-schema", "custom.github-workflows-require-timeout", *workflows)
     session.run("bash", "-n", ".ci/run", external=True)
-    session.run("uv", "lock", "--check", external=True)
+    session.run(UV, "lock", "--check", external=True)
 
 
 @nox.session
@@ -75,8 +77,11 @@ def tests_workspace(session: nox.Session) -> None:
 def add_member_sessions(one: Member) -> None:
     """Register the sessions that every member has, and those that only a package has."""
 
+    is_kernels = one.name == "pared-kernels"
+
     def tests(session: nox.Session) -> None:
-        run_tests(session, one.tests, QUICK, "-n", WORKERS, "--dist", "worksteal")
+        env = {"TRITON_INTERPRET": "1"} if is_kernels else None
+        run_tests(session, one.tests, QUICK, "-n", WORKERS, "--dist", "worksteal", env=env)
 
     def gpu(session: nox.Session) -> None:
         run_tests(session, one.tests, "gpu")
@@ -90,24 +95,24 @@ def add_member_sessions(one: Member) -> None:
     def bench(session: nox.Session) -> None:
         uv_run(session, "pared", "bench", one.method or one.name, *session.posargs)
 
-    is_kernels = one.name == "pared-kernels"
-    if not is_kernels:
+    if is_kernels:
+        add(
+            "kernels-interpret",
+            "Every kernel against its reference, on the CPU through Triton's interpreter.",
+            tests,
+            default=True,
+        )
+    else:
         add(f"tests-{one.name}", f"Quick tests of {one.name}.", tests, default=True)
-    add(f"gpu-{one.name}", f"Tests of {one.name} that need a GPU.", gpu, default=is_kernels and HAS_GPU)
+    add(f"gpu-{one.name}", f"Tests of {one.name} that need a GPU.", gpu, default=is_kernels and HAS_GPU, tag="gpu")
     add(f"isolated-{one.name}", f"Wheel of {one.name} alone in a clean environment: import and demo.", isolated)
+    add(f"proof-{one.name}", f"The slow tests of {one.name}: its claims in miniature.", proof, tag="proof")
     if one.is_package:
-        add(f"proof-{one.name}", f"The claims of {one.name} in miniature.", proof)
         add(f"bench-{one.name}", f"Measure {one.name} and store the numbers.", bench)
 
 
 for _member in MEMBERS:
     add_member_sessions(_member)
-
-
-@nox.session(name="kernels-interpret")
-def kernels_interpret(session: nox.Session) -> None:
-    """Every kernel against its reference on the CPU, through Triton's interpreter."""
-    run_tests(session, ROOT / "kernels/tests", QUICK, "-n", WORKERS, "--dist", "worksteal", env={"TRITON_INTERPRET": "1"})
 
 
 def add_aot_session(target: str) -> None:
@@ -116,7 +121,7 @@ def add_aot_session(target: str) -> None:
     def aot(session: nox.Session) -> None:
         uv_run(session, "python", "-m", "pared_kernels.aot", target, *session.posargs)
 
-    add(f"kernels-aot-{target}", f"Compile every kernel for {target} without a GPU.", aot)
+    add(f"kernels-aot-{target}", f"Compile every kernel for {target} without a GPU.", aot, tag="aot")
 
 
 for _target in AOT_TARGETS:
@@ -132,7 +137,7 @@ def docs(session: nox.Session) -> None:
 @nox.session(default=False)
 def build(session: nox.Session) -> None:
     """Wheel and source distribution of every member into dist/."""
-    session.run("uv", "build", "--all-packages", "--out-dir", "dist", *session.posargs, external=True)
+    session.run(UV, "build", "--all-packages", "--out-dir", "dist", *session.posargs, external=True)
 
 
 @nox.session(name="release-check", default=False)

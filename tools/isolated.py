@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from workspace import ROOT, Member, closure, member
+from workspace import ROOT, UV, Member, closure, member
 
 IMPORT_CHECK = """
 import importlib, importlib.util, pathlib, sys
@@ -48,21 +48,30 @@ def check(one: Member, folder: Path, *, demo: bool) -> None:
     wheels, python = folder / "wheels", folder / "venv" / "bin" / "python"
     constraints = folder / "constraints.txt"
     for needed in closure(one, demo=True):
-        run("uv", "build", "--quiet", "--wheel", "--package", needed.name, "--out-dir", wheels, cwd=ROOT, env=env)
-    export = ("uv", "export", "--quiet", "--frozen", "--all-packages", "--all-extras", "--no-hashes", "--no-emit-workspace")
+        run(UV, "build", "--quiet", "--wheel", "--package", needed.name, "--out-dir", wheels, cwd=ROOT, env=env)
+    export = (
+        UV,
+        "export",
+        "--quiet",
+        "--frozen",
+        "--all-packages",
+        "--all-extras",
+        "--no-hashes",
+        "--no-emit-workspace",
+    )
     run(*export, "--output-file", constraints, cwd=ROOT, env=env)
-    run("uv", "venv", "--quiet", "--python", sys.executable, folder / "venv", cwd=folder, env=env)
+    run(UV, "venv", "--quiet", "--python", sys.executable, folder / "venv", cwd=folder, env=env)
 
     def install(needed: list[Member], extra: str) -> None:
         files = []
         for other in needed:
             (wheel,) = wheels.glob(f"{other.module}-{other.version}-*.whl")
             files.append(f"{other.name}{extra if other is one else ''} @ {wheel.as_uri()}")
-        command = ("uv", "pip", "install", "--quiet", "--python", python, "--constraints", constraints)
+        command = (UV, "pip", "install", "--quiet", "--python", python, "--constraints", constraints)
         run(*command, *files, cwd=folder, env=env)
 
     install(closure(one), "")
-    run("uv", "pip", "uninstall", "--quiet", "--python", python, "triton", cwd=folder, env=env)
+    run(UV, "pip", "uninstall", "--quiet", "--python", python, "triton", cwd=folder, env=env)
     run(python, "-I", "-c", IMPORT_CHECK, one.module, ROOT, cwd=folder, env=env)
     if not (demo and one.method):
         return

@@ -1,8 +1,8 @@
 """Rules of a release: what a tag means, what may be uploaded, and whether every member is ready.
 
-    python tools/release.py tag framefusion-v0.1.0    what the tag releases; refuses a tag that does not fit the files
-    python tools/release.py upload framefusion dist/* send the files to the package index; refuses names of other projects
-    python tools/release.py check [NAME...]           build the members and look into their wheels
+python tools/release.py tag framefusion-v0.1.0    what the tag releases; refuses a tag that does not fit the files
+python tools/release.py upload framefusion dist/* send the files to the package index; refuses names of other projects
+python tools/release.py check [NAME...]           build the members and look into their wheels
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from workspace import ROOT, TAKEN_NAMES, Member, member, members, normalised
+from workspace import ROOT, TAKEN_NAMES, UV, Member, member, members, normalised
 
 TAG = re.compile(r"(?P<name>[a-z0-9]+(?:-[a-z0-9]+)*)-v(?P<version>\d+\.\d+\.\d+(?:(?:a|b|rc)\d+)?)")
 MODEL_LIMIT = 8 * 2**20
@@ -49,7 +49,9 @@ def released_by(tag: str, root: Path = ROOT) -> Member:
     except LookupError as error:
         raise ReleaseError(f"tag {tag!r}: {error}") from None
     if one.version != match["version"]:
-        raise ReleaseError(f"tag {tag!r} names version {match['version']}, {one.name}'s pyproject.toml has {one.version}")
+        raise ReleaseError(
+            f"tag {tag!r} names version {match['version']}, {one.name}'s pyproject.toml has {one.version}"
+        )
     problems = source_problems(one, root)
     if problems:
         raise ReleaseError(f"tag {tag!r}: " + "; ".join(problems))
@@ -97,7 +99,7 @@ def wheel_problems(one: Member, wheel: Path) -> list[str]:
 
 def build(one: Member, folder: Path) -> Path:
     """Build the wheel of a member into `folder`."""
-    command = ["uv", "build", "--quiet", "--wheel", "--package", one.name, "--out-dir", str(folder)]
+    command = [UV, "build", "--quiet", "--wheel", "--package", one.name, "--out-dir", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True)
     (wheel,) = folder.glob(f"{one.module}-{one.version}-*.whl")
     return wheel
@@ -110,7 +112,9 @@ def check(names: Sequence[str]) -> list[str]:
         for one in [member(name) for name in names] or members():
             problems += source_problems(one)
             problems += wheel_problems(one, build(one, Path(folder)))
-            print(f"{one.name} {one.version}: {'wheel attached to its tag only' if taken_reason(one.name) else 'upload'}")
+            print(
+                f"{one.name} {one.version}: {'wheel attached to its tag only' if taken_reason(one.name) else 'upload'}"
+            )
     return problems
 
 
@@ -124,8 +128,10 @@ def upload(name: str, files: Sequence[Path]) -> None:
             raise ReleaseError(reason)
     strangers = [file.name for file in files if file.name.split("-")[:2] != [one.module, file_version(one, file)]]
     if strangers or not files:
-        raise ReleaseError(f"a release of {one.name} {one.version} uploads its own files only, got {strangers or 'none'}")
-    subprocess.run(["uv", "publish", "--trusted-publishing", "always", *map(str, files)], check=True)
+        raise ReleaseError(
+            f"a release of {one.name} {one.version} uploads its own files only, got {strangers or 'none'}"
+        )
+    subprocess.run([UV, "publish", "--trusted-publishing", "always", *map(str, files)], check=True)
 
 
 def file_version(one: Member, file: Path) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+#: The uv that started this program, which need not be on the path.
+UV = os.environ.get("UV", "uv")
 
 #: Distribution names that belong to other people's projects on the public index.
 TAKEN_NAMES = ("dato", "dd", "deme", "cskv")
@@ -19,6 +24,7 @@ class Member:
 
     name: str
     version: str
+    description: str
     path: Path
     module: str
     #: Other members that the distribution requires, without its extras.
@@ -59,7 +65,7 @@ def requirement_name(requirement: str) -> str:
 
 def members(root: Path = ROOT) -> list[Member]:
     """Return every member below `root`: shared rooms, kernels, then packages by name."""
-    folders = sorted((root / "shared").glob("*")) + [root / "kernels"] + sorted((root / "packages").glob("*"))
+    folders = [*sorted((root / "shared").glob("*")), root / "kernels", *sorted((root / "packages").glob("*"))]
     projects = {}
     for folder in folders:
         if (folder / "pyproject.toml").is_file():
@@ -77,6 +83,7 @@ def members(root: Path = ROOT) -> list[Member]:
             Member(
                 name=name,
                 version=project["version"],
+                description=project["description"],
                 path=folder,
                 module=name.replace("-", "_"),
                 requires=inside(project.get("dependencies", [])),
@@ -106,3 +113,7 @@ def closure(one: Member, root: Path = ROOT, *, demo: bool = False) -> list[Membe
             found[name] = by_name[name]
             wanted.extend(by_name[name].requires)
     return list(found.values())
+
+
+if __name__ == "__main__":
+    print(json.dumps([one.name for one in members()]))

@@ -1,0 +1,128 @@
+"""MkDocs hooks of the hub and of every package's site: generated pages, their navigation, evidence tables.
+
+A page lists the packages where it says `<!-- packages -->`. It shows the numbers of one package where it says
+`<!-- evidence: NAME -->`, and those of all where it says `<!-- evidence -->`: the contents of benchmarks/results/ at
+the time of the build.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import evidence
+from workspace import ROOT, Member, members
+
+PACKAGES = "<!-- packages -->"
+MARKER = re.compile(r"<!-- evidence(?:: (?P<name>[a-z0-9-]+))? -->")
+#: Pages of a package in the order a reader meets them; others come between `how-it-works` and `evidence`.
+FIRST = ("index", "quickstart", "how-it-works")
+LAST = ("evidence", "limits", "api", "changelog")
+API_PAGE = "# API of `{module}`\n\n::: {module}\n    options:\n      show_root_heading: false\n"
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Tell the theme where the hub is, and build the navigation from the pages that exist."""
+    is_hub = Path(config.config_file_path).resolve().parent == ROOT
+    config.extra["hub"] = is_hub
+    config.extra["packages"] = [one.name for one in members() if (one.path / "mkdocs.yml").is_file()]
+    if is_hub:
+        rooms: list[Any] = [
+            {one.name: [{page_title(path): path} for path in room_pages(one)]} for one in rooms_of_hub()
+        ]
+        config.nav = [
+            {"What there is": "index.md"},
+            {"How to choose": "choosing.md"},
+            {"The house": "architecture.md"},
+            {"Evidence": "evidence.md"},
+            {"Shared rooms": rooms},
+        ]
+    else:
+        config.nav = [{page_title(path): path} for path in package_pages(package_of(config))]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are not files of the docs folder."""
+    if config.extra["hub"]:
+        for one in rooms_of_hub():
+            for path in room_pages(one):
+                files.append(File.generated(config, path, content=room_page(one, path)))
+    else:
+        one = package_of(config)
+        present = {file.src_uri for file in files}
+        if "changelog.md" not in present:
+            files.append(File.generated(config, "changelog.md", content=read(one.path / "CHANGELOG.md")))
+        if "api.md" not in present:
+            files.append(File.generated(config, "api.md", content=API_PAGE.format(module=one.module)))
+        if "evidence.md" not in present:
+            text = f"# Evidence\n\n<!-- evidence: {one.name} -->\n"
+            files.append(File.generated(config, "evidence.md", content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the list of packages and the measured numbers where a page asks for them."""
+    markdown = markdown.replace(PACKAGES, package_table())
+    return MARKER.sub(lambda match: evidence.markdown(ROOT / "benchmarks" / "results", match["name"]), markdown)
+
+
+def package_table() -> str:
+    """Return the packages with their descriptions, as a Markdown table."""
+    rows = [f"| [{one.name}]({one.name}/) | {one.description} |" for one in members() if one.is_package]
+    return "\n".join(["| Package | What it does |", "|---|---|", *rows])
+
+
+def rooms_of_hub() -> list[Member]:
+    """Return the shared rooms, whose pages are part of the hub."""
+    return [one for one in members() if not one.is_package]
+
+
+def room_pages(one: Member) -> list[str]:
+    """Return the pages of a shared room: its README, its docs folder, its API, its changelog."""
+    own = sorted(path.name for path in (one.path / "docs").glob("*.md"))
+    return [f"{one.name}/{name}" for name in ("index.md", *own, "api.md", "changelog.md")]
+
+
+def room_page(one: Member, path: str) -> str:
+    """Return the text of one page of a shared room."""
+    name = path.split("/")[1]
+    if name == "index.md":
+        return read(one.path / "README.md").replace("(docs/", "(").replace("(CHANGELOG.md)", "(changelog.md)")
+    if name == "api.md":
+        return API_PAGE.format(module=one.module)
+    if name == "changelog.md":
+        return read(one.path / "CHANGELOG.md")
+    return read(one.path / "docs" / name)
+
+
+def package_of(config: MkDocsConfig) -> Member:
+    """Return the package whose site is being built."""
+    folder = Path(config.config_file_path).resolve().parent
+    return next(one for one in members() if one.path == folder)
+
+
+def package_pages(one: Member) -> list[str]:
+    """Return the pages of a package's site in reading order."""
+    written = {path.stem for path in (one.path / "docs").glob("*.md")} | {"api", "changelog", "evidence"}
+    middle = sorted(written - {*FIRST, *LAST})
+    return [f"{stem}.md" for stem in (*FIRST, *middle, *LAST) if stem in written]
+
+
+def page_title(path: str) -> str:
+    """Return the name of a page in the navigation."""
+    stem = Path(path).stem
+    titles = {"index": "Start", "api": "API", "quickstart": "Quick start"}
+    return titles.get(stem, stem.replace("-", " ").replace("_", " ").capitalize())
+
+
+def read(path: Path) -> str:
+    """Return the text of a file."""
+    return path.read_text(encoding="utf-8")
