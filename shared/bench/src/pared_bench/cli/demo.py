@@ -1,0 +1,98 @@
+"""`pared demo`: run demos and write one page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pared_bench import registry
+from pared_bench.cli.listing import complete_method
+from pared_bench.errors import BenchError
+from pared_bench.options import split_tokens
+from pared_bench.progress import PlainProgress, Progress
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+def demo(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Methods to show; none: every installed one. Further options go to the demo itself, "
+            'such as --prompt "a red circle".',
+            autocompletion=complete_method,
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report and the demos' files.")] = Path("pared-report"),
+    device: DeviceOption = "auto",
+    seed: SeedOption = 0,
+    full: Annotated[bool, typer.Option("--full", help="Larger runs: better numbers, more minutes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON on standard output.")] = False,
+) -> None:
+    """Show methods at work: pictures and numbers in the terminal and in one HTML page."""
+    chosen, tokens = split_tokens(names or [])
+    selected = registry.select(chosen, "demo")
+    if not selected:
+        raise BenchError("no installed method has a demo. Each method is a package: pip install one, then try again.")
+
+    from pared_bench import html, report, runner
+    from pared_bench.contexts import DemoContext
+    from pared_bench.environment import Environment, resolve_device
+    from pared_bench.files import writable_folder
+
+    target = resolve_device(device)
+    options = {}
+    for method in selected:
+        try:
+            options[method.name] = runner.demo_options(method, tokens)
+        except BenchError:
+            # with names given, a demo that cannot start is the answer; otherwise it becomes a line of the report
+            if chosen or tokens:
+                raise
+            options[method.name] = {}
+    folder = writable_folder(out)
+    outcomes = []
+    with _progress() as progress:
+        overall = progress.begin("demos", len(selected)) if len(selected) > 1 else None
+        for method in selected:
+            place = writable_folder(folder / method.name)
+            context = DemoContext(target, seed=seed, full=full, out=place, progress=progress)
+            outcomes.append(runner.run_demo(method, context, options[method.name]))
+            # a demo that wrote no file of its own leaves no empty folder
+            with contextlib.suppress(OSError):
+                place.rmdir()
+            if overall is not None:
+                progress.advance(overall)
+    distributions = tuple(m.distribution for m in selected if m.distribution)
+    environment = Environment.here(target, seed=seed, packages=distributions)
+    page = html.write_demo_page(folder / "index.html", outcomes, environment)
+    if as_json:
+        typer.echo(json.dumps(report.demo_json(outcomes, environment, page), indent=1))
+    else:
+        report.print_demos(outcomes, page)
+    if failed := [outcome for outcome in outcomes if outcome.error]:
+        for outcome in failed:
+            typer.echo(f"pared: {outcome.method.name}: {outcome.error}", err=True)
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """Bars in a terminal, plain lines elsewhere (a CI log, a pipe)."""
+    if not sys.stderr.isatty():
+        yield PlainProgress(sys.stderr)
+        return
+    from pared_bench.progress import RichProgress
+
+    with RichProgress() as bars:
+        yield bars

@@ -1,0 +1,109 @@
+"""Turning stored records into tables a reader can compare in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pared_bench.environment import Environment
+from pared_bench.results import Record, Table
+from pared_bench.store import StoredRecord
+
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One experiment of one method on one device: a table of variants by metrics, and where it was measured."""
+
+    package: str
+    table: Table
+    environment: Environment
+
+
+def cell(value: Any) -> str:
+    """Return a table cell's text: four significant digits for floats, thousands separated, a dash for None."""
+    if value is None:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10000 else str(value)
+    if isinstance(value, float):
+        if value and not 1e-3 <= abs(value) < 1e15:
+            return f"{value:.3g}"
+        if abs(value) >= 1000:
+            return f"{value:,.0f}"
+        text = f"{value:.4g}"
+        return text
+    if isinstance(value, (list, tuple)):
+        return " × ".join(cell(item) for item in value)
+    return str(value)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a cell is shown flush right."""
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def sections(stored: Iterable[StoredRecord]) -> list[Section]:
+    """Group records by device, package, method and the setting "experiment", and pivot each group.
+
+    Rows are variants under settings, columns the settings that vary and then the metrics; settings that are equal in
+    the whole group go into the note, and so do the records' own notes.
+    """
+    groups: dict[tuple[str, str, str, str], list[StoredRecord]] = {}
+    for entry in stored:
+        experiment = str(entry.record.settings.get("experiment", ""))
+        key = (entry.package, entry.environment.slug, entry.record.method, experiment)
+        groups.setdefault(key, []).append(entry)
+    return [_section(key[2], key[3], entries) for key, entries in groups.items()]
+
+
+def _section(method: str, experiment: str, entries: list[StoredRecord]) -> Section:
+    latest = max(entries, key=lambda entry: entry.environment.date)
+    records = [entry.record for entry in entries]
+    varying, fixed = _settings(records)
+    metrics = list(dict.fromkeys((record.metric, record.unit) for record in records))
+    rows: dict[str, dict[Any, Record]] = {}
+    for record in records:
+        values = [record.settings.get(name) for name in varying]
+        row = rows.setdefault(json.dumps([record.variant, values]), {})
+        row[(record.metric, record.unit)] = record
+    cells = []
+    for row in rows.values():
+        first = next(iter(row.values()))
+        cells.append(
+            [first.variant, *(first.settings.get(name) for name in varying), *(_measured(row.get(m)) for m in metrics)]
+        )
+    columns = ["variant", *varying, *(f"{name} [{unit}]" if unit else name for name, unit in metrics)]
+    title = f"{method}: {experiment}" if experiment else method
+    note = "; ".join(f"{name} {cell(value)}" for name, value in fixed.items())
+    remarks = list(dict.fromkeys(f"{r.variant}, {r.metric}: {r.note}" for r in records if r.note))
+    note = ". ".join(part for part in [note, *remarks] if part)
+    return Section(latest.package, Table(title, columns, cells, note), latest.environment)
+
+
+def _settings(records: Sequence[Record]) -> tuple[list[str], dict[str, Any]]:
+    """Split the settings' names into those that vary over the records and those that are the same in all."""
+    names = list(dict.fromkeys(name for record in records for name in record.settings if name != "experiment"))
+    varying, fixed = [], {}
+    for name in names:
+        values = {json.dumps(record.settings.get(name)) for record in records}
+        if len(values) > 1:
+            varying.append(name)
+        else:
+            fixed[name] = records[0].settings[name]
+    return varying, fixed
+
+
+def _measured(record: Record | None) -> Any:
+    """Return the number of a record, as text with its spread where there is one."""
+    if record is None or record.value is None:
+        return None
+    if record.spread is None:
+        return record.value
+    low, high = record.spread
+    return f"{cell(record.value)} ({cell(low)} to {cell(high)})"
