@@ -26,10 +26,10 @@ def caption(scene: Scene, seed: int | None = None) -> str:
     """
     rng = None if seed is None else random.Random(seed)
     subject = _subject(scene, rng)
-    opening = _pick(rng, ("", "", "there is ", "a picture of "))
+    opening = pick(rng, ("", "", "there is ", "a picture of "))
     if opening == "there is " and scene.kind == "count":
         opening = "there are "
-    background = _pick(rng, (f" on a {scene.background} background", f" in front of {scene.background}"))
+    background = pick(rng, (f" on a {scene.background} background", f" in front of {scene.background}"))
     return f"{opening}{subject}{background}"
 
 
@@ -42,29 +42,35 @@ def _subject(scene: Scene, rng: random.Random | None) -> str:
     if scene.kind == "pair":
         assert scene.relation is not None
         pair, relation = scene.objects, scene.relation
-        if _pick(rng, (False, True)):
+        if pick(rng, (False, True)):
             pair, relation = pair[::-1], INVERSE[relation]
-        to_the = relation in ("left of", "right of") and _pick(rng, (False, True))
+        to_the = relation in ("left of", "right of") and pick(rng, (False, True))
         return f"{noun(pair[0], rng)} {'to the ' if to_the else ''}{relation} {noun(pair[1], rng)}"
     if scene.kind == "count":
-        plural = "crosses" if first.shape == "cross" else first.shape + "s"
-        return f"{COUNT_WORDS[len(scene.objects)]} {_adjectives(first)} {plural}"
+        return f"{COUNT_WORDS[len(scene.objects)]} {adjectives(first)} {plural(first.shape)}"
     nouns = [noun(o, rng) for o in scene.objects]
     return ", ".join(nouns[:-1]) + " and " + nouns[-1]
 
 
 def noun(obj: Object, rng: random.Random | None = None) -> str:
     """Noun phrase for one object, such as ``"a small striped green ring"``."""
-    if _pick(rng, (False, False, False, True)):
+    if pick(rng, (False, False, False, True)):
         texture = "" if obj.texture == "plain" else f"{obj.texture} "
         return f"a {texture}{obj.color} {obj.shape} that is {obj.size}".replace("a orange", "an orange")
-    return f"a {_adjectives(obj)} {obj.shape}"
+    return f"a {adjectives(obj)} {obj.shape}"
 
 
-def _adjectives(obj: Object) -> str:
+def plural(shape: str) -> str:
+    """More than one of a shape."""
+    return "crosses" if shape == "cross" else shape + "s"
+
+
+def adjectives(obj: Object) -> str:
+    """Size, texture unless plain, and colour of an object, such as ``"small striped green"``."""
     texture = "" if obj.texture == "plain" else f"{obj.texture} "
     return f"{obj.size} {texture}{obj.color}"
 
 
-def _pick(rng: random.Random | None, options: tuple[T, ...]) -> T:
+def pick(rng: random.Random | None, options: tuple[T, ...]) -> T:
+    """One of ``options`` at random, or the first without a generator."""
     return options[0] if rng is None else options[rng.randrange(len(options))]

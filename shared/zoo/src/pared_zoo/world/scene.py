@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from pared_zoo.world.attributes import BACKGROUNDS, COLORS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES
+
+T = TypeVar("T")
 
 #: Free space between the bounding circles of two objects, and between an object and the border (fractions of the side).
 GAP = 0.04
@@ -134,20 +137,20 @@ def iter_scenes(seed: int, distribution: SceneDistribution | None = None) -> Ite
 
 def _sample_one(rng: np.random.Generator, kind_edges: np.ndarray, texture_edges: np.ndarray, max_objects: int) -> Scene:
     kind = KINDS[int(np.searchsorted(kind_edges, rng.random(), side="right"))]
-    background = _choice(rng, tuple(BACKGROUNDS))
+    background = choose(rng, tuple(BACKGROUNDS))
     if kind in ("single", "placed"):
-        words = [_sample_words(rng, texture_edges)]
+        words = [sample_words(rng, texture_edges)]
     elif kind == "pair":
         words = _distinct(rng, texture_edges, 2)
     elif kind == "count":
-        words = [_sample_words(rng, texture_edges)] * int(rng.integers(2, max_objects + 1))
+        words = [sample_words(rng, texture_edges)] * int(rng.integers(2, max_objects + 1))
     else:
         words = _distinct(rng, texture_edges, int(rng.integers(3, max_objects + 1)))
     if len(words) > 2:
         # Four large objects do not fit side by side; crowded scenes are scenes of small things.
         words = [(shape, color, "small", texture) for shape, color, _, texture in words]
-    relation = _choice(rng, RELATIONS) if kind == "pair" else None
-    place = _choice(rng, tuple(PLACES)) if kind == "placed" else None
+    relation = choose(rng, RELATIONS) if kind == "pair" else None
+    place = choose(rng, tuple(PLACES)) if kind == "placed" else None
     while True:
         radii = [SIZES[w[2]] * (1 + RADIUS_JITTER * (2 * rng.random() - 1)) for w in words]
         centres = _place(rng, radii, relation, place)
@@ -191,22 +194,24 @@ def holds(relation: str, first: np.ndarray, second: np.ndarray, margin: float = 
     return along >= np.abs(across) + margin
 
 
-def _sample_words(rng: np.random.Generator, texture_edges: np.ndarray) -> tuple[str, str, str, str]:
+def sample_words(rng: np.random.Generator, texture_edges: np.ndarray) -> tuple[str, str, str, str]:
+    """Draw (shape, color, size, texture); ``texture_edges`` are the cumulated weights of ``TEXTURES``."""
     texture = TEXTURES[int(np.searchsorted(texture_edges, rng.random(), side="right"))]
-    return (_choice(rng, SHAPES), _choice(rng, tuple(COLORS)), _choice(rng, tuple(SIZES)), texture)
+    return (choose(rng, SHAPES), choose(rng, tuple(COLORS)), choose(rng, tuple(SIZES)), texture)
 
 
 def _distinct(rng: np.random.Generator, texture_edges: np.ndarray, n: int) -> list[tuple[str, str, str, str]]:
     """Words of ``n`` objects of which no two share both shape and colour, so that a caption can tell them apart."""
     words: list[tuple[str, str, str, str]] = []
     while len(words) < n:
-        candidate = _sample_words(rng, texture_edges)
+        candidate = sample_words(rng, texture_edges)
         if all(candidate[:2] != w[:2] for w in words):
             words.append(candidate)
     return words
 
 
-def _choice(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+def choose(rng: np.random.Generator, options: tuple[T, ...]) -> T:
+    """Draw one of ``options``, all equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
