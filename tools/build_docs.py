@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -64,7 +65,8 @@ def build(config: Path, folder: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict"]
     command += ["--config-file", str(config), "--site-dir", str(folder)]
     print(f"building {folder.relative_to(ROOT)}", flush=True)
-    subprocess.run(command, cwd=ROOT, check=True)
+    # The theme prints an advertisement for another generator unless told not to.
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
 
 
 def main() -> int:

@@ -14,12 +14,16 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+from pared_bench import report
+from pared_bench.store import ResultStore
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import evidence
 from workspace import ROOT, Member, members
 
+#: A link to a package that also works where the repository is browsed.
+PACKAGE_LINK = re.compile(r"\]\((?:\.\./)*packages/(?P<name>[a-z0-9-]+)/(?:README\.md)?\)")
 PACKAGES = "<!-- packages -->"
 MARKER = re.compile(r"<!-- evidence(?:: (?P<name>[a-z0-9-]+))? -->")
 #: Pages of a package in the order a reader meets them; others come between `how-it-works` and `evidence`.
@@ -68,15 +72,26 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the list of packages and the measured numbers where a page asks for them."""
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Put in what a page asks for, and lead links to a package's folder to its site."""
     markdown = markdown.replace(PACKAGES, package_table())
-    return MARKER.sub(lambda match: evidence.markdown(ROOT / "benchmarks" / "results", match["name"]), markdown)
+    markdown = MARKER.sub(lambda match: evidence(match["name"]), markdown)
+    top = "../" * page.url.count("/")
+    return PACKAGE_LINK.sub(lambda match: f"]({top}{match['name']}/)", markdown)
+
+
+def evidence(package: str | None) -> str:
+    """Return what was measured of a package, or of every package under a heading each."""
+    store = ResultStore(ROOT / "benchmarks" / "results")
+    if package is not None:
+        return report.markdown(store.load(package))
+    parts = [f"## {name}\n\n{report.markdown(store.load(name), heading=3)}" for name in store.packages()]
+    return "\n".join(parts) or report.markdown([])
 
 
 def package_table() -> str:
     """Return the packages with their descriptions, as a Markdown table."""
-    rows = [f"| [{one.name}]({one.name}/) | {one.description} |" for one in members() if one.is_package]
+    rows = [f"| [{one.name}](../packages/{one.name}/) | {one.description} |" for one in members() if one.is_package]
     return "\n".join(["| Package | What it does |", "|---|---|", *rows])
 
 
