@@ -1,5 +1,6 @@
 """Reversible patching, model views and the denoising clock shared by the pared packages."""
 
+from pared_hooks.clock import StepClock, StepState
 from pared_hooks.config import Config
 from pared_hooks.errors import AlreadyAppliedError, ConfigError, ConflictError, ParedError, UnsupportedModelError
 from pared_hooks.handle import Handle
@@ -15,5 +16,7 @@ __all__ = [
     "Handle",
     "ParedError",
     "Patch",
+    "StepClock",
+    "StepState",
     "UnsupportedModelError",
 ]
