@@ -30,7 +30,7 @@ print(f"{name} {module.__version__} imports from {where.parent}")
 
 def run(*command: str | Path, cwd: Path, env: dict[str, str]) -> None:
     """Run a command, showing it; a failure ends the program with its status."""
-    print("$", *command, flush=True)
+    print("$", *(str(part).strip().splitlines()[0] for part in command), flush=True)
     status = subprocess.run([str(part) for part in command], cwd=cwd, env=env, check=False).returncode
     if status:
         raise SystemExit(status)
@@ -76,7 +76,7 @@ def check(one: Member, folder: Path, *, demo: bool) -> None:
     if not (demo and one.method):
         return
     install([one, *(other for other in closure(one, demo=True) if other.name != one.name)], "[demo]")
-    run(python, "-I", "-m", "pared_bench.cli", "demo", one.method, "--out", folder / "report", cwd=folder, env=env)
+    run(python.parent / "pared", "demo", one.method, "--out", folder / "report", cwd=folder, env=env)
     pages = [page for page in (folder / "report").rglob("*.html") if page.stat().st_size > 0]
     if not pages:
         raise SystemExit(f"the demo of {one.name} ended without a page in its report")
