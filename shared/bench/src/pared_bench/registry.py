@@ -144,6 +144,17 @@ def install_line(method: Method, missing: str) -> str:
     return f"pip install '{method.distribution}[{extra}]'"
 
 
+def absent_requirements(method: Method) -> list[str]:
+    """Return the distributions that the method's demo extra names and that are not installed."""
+    absent = []
+    for name in _extras(method.distribution).get("demo", []):
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            absent.append(name)
+    return absent
+
+
 def _extras(distribution: str) -> dict[str, list[str]]:
     """Return the distribution names behind each extra, read from the installed metadata."""
     try:

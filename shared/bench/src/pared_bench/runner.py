@@ -72,8 +72,9 @@ def explain(error: Exception, method: Method | None = None, part: str = "") -> s
         return str(error)
     if isinstance(error, ModuleNotFoundError) and method is not None:
         return str(method.missing(error, part))
-    if isinstance(error, OSError) and error.errno is not None:
-        return explain_os_error(error)
+    if isinstance(error, OSError):
+        # without a number it is not the system's refusal but a message of a library, such as "train it with ..."
+        return str(error) if error.errno is None else explain_os_error(error)
     if _is_out_of_memory(error):
         return "the accelerator's memory is full: close other programs, or run with --device cpu"
     if _speaks_to_the_user(error):

@@ -65,6 +65,15 @@ class ResultStore:
         atomic_write(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         return path
 
+    def merge(self, other: ResultStore) -> list[Path]:
+        """Take over every record of another store (measured on another machine) and return the files that changed."""
+        changed = []
+        for entry_path in sorted(other.root.glob("*/*.json")):
+            for entry in other._read(entry_path):
+                path = self.add(entry.package, [entry.record], entry.environment)
+                changed += [path] if path not in changed else []
+        return changed
+
     def load(self, package: str | None = None, device: str | None = None) -> list[StoredRecord]:
         """Return the stored records of a package and a device (None: of all), files in alphabetical order."""
         pattern = f"{device or '*'}/{package or '*'}.json"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pared_bench.cli import demo, listing
+from pared_bench.cli import bench, demo, kernels, listing, results, workspace, zoo
 from pared_bench.cli.root import RootGroup
 from pared_bench.errors import BenchError
 
@@ -21,6 +21,13 @@ app = typer.Typer(
 )
 app.command("list")(listing.list_methods)
 app.command("demo", context_settings=demo.PASS_ON)(demo.demo)
+app.command("bench", context_settings=demo.PASS_ON)(bench.bench)
+app.command("report")(results.report)
+app.command("merge")(results.merge)
+app.command("doctor")(results.doctor)
+app.add_typer(zoo.app, name="zoo")
+app.add_typer(kernels.app, name="kernels")
+app.command("new")(workspace.new)
 
 
 def _show_version(wanted: bool) -> None:

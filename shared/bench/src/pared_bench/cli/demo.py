@@ -62,7 +62,7 @@ def demo(
             options[method.name] = {}
     folder = writable_folder(out)
     outcomes = []
-    with _progress() as progress:
+    with shown_progress() as progress:
         overall = progress.begin("demos", len(selected)) if len(selected) > 1 else None
         for method in selected:
             place = writable_folder(folder / method.name)
@@ -87,7 +87,7 @@ def demo(
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
+def shown_progress() -> Iterator[Progress]:
     """Bars in a terminal, plain lines elsewhere (a CI log, a pipe)."""
     if not sys.stderr.isatty():
         yield PlainProgress(sys.stderr)
