@@ -56,7 +56,7 @@ SCHEDULERS = {
 def test_batched_guidance_counts_every_scheduler_entry_once(name):
     scheduler, steps = SCHEDULERS[name]
     pipeline = tiny.stable_diffusion(scheduler())
-    clock, states = watched(pipeline, pipeline.unet)
+    _, states = watched(pipeline, pipeline.unet)
     tiny.run_stable_diffusion(pipeline)
     assert places(states) == [(0, call, step, "both") for call, step in enumerate(steps)]
     assert {state.num_calls for state in states} == {len(steps)}
@@ -74,7 +74,7 @@ def test_runge_kutta_warm_up_calls_of_pndm_are_all_counted():
 def test_a_second_run_starts_again_with_its_own_number_of_steps(name):
     scheduler, steps = SCHEDULERS[name]
     pipeline = tiny.stable_diffusion(scheduler())
-    clock, states = watched(pipeline, pipeline.unet)
+    _, states = watched(pipeline, pipeline.unet)
     tiny.run_stable_diffusion(pipeline, steps=4)
     first = len(states)
     tiny.run_stable_diffusion(pipeline, steps=6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -134,7 +133,7 @@ def _precision(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if dtype.is_floating_point else 1e-6
 
 
-def shape_of(sample: Any) -> Sequence[int]:
+def shape_of(sample: Any) -> tuple[int, ...]:
     """Shape of the denoiser's input, or of the first of a list of inputs."""
     while isinstance(sample, list | tuple) and sample:
         sample = sample[0]

@@ -66,7 +66,7 @@ class StepClock:
         self._new_run: list[Callable[[], None]] = []
         self._shape_change: list[Callable[[Sequence[int], Sequence[int]], None]] = []
         self._schedule: Schedule | None = None
-        self._shape: Sequence[int] = ()
+        self._shape: tuple[int, ...] = ()
         # Reading a scheduler is plain Python; inside a compiled denoiser it stays outside the graph.
         self._advance = torch.compiler.disable(self._advance_eagerly)
         self.reset()
@@ -184,19 +184,19 @@ class StepClock:
         pipeline = self._pipeline() if self._pipeline is not None else None
         guided = guidance_of(pipeline)
         shape = shape_of(sample)
-        full = self._forwards >= (self._calls_per_step or self._learned.get(guided, 0) or 1_000_000)
+        # A second forward with a smaller batch is no guidance branch but SD3's skip-layer guidance, say.
+        shrunk = branch is None and shape[:1] < self._shape[:1]
+        expected = self._calls_per_step or self._learned.get(guided)
+        full = expected is not None and self._forwards >= expected and not shrunk
         new_run, position = self._locate(pipeline, timestep, step_index, full)
         if not new_run and position > self._position and self._position == self._start:
             self._learned[guided] = self._forwards
-        extra = False
         if new_run:
             self._run += 1
             self._start, self._forwards = position, 0
         elif position != self._position:
             self._forwards = 0
-        else:
-            # A second forward with a smaller batch is no guidance branch: SD3's skip-layer guidance.
-            extra = branch is None and shape[:1] != self._shape[:1]
+        extra = shrunk and self._forwards > 0
         self._position = position
         if branch is None:
             branch = "extra" if extra else self._branch(guided)
