@@ -14,7 +14,7 @@ from pared_bench import new
 from workspace import ROOT, member
 
 #: Names of all lengths: the generated lines must be well formatted with each, and imports sorted.
-NAMES = ("ab", "mymethod", "zz-long-method-name2")
+NAMES = ("q7", "planted-sample", "zz-long-method-name2")
 
 
 @pytest.fixture
@@ -51,12 +51,14 @@ def test_a_new_package_is_a_member_with_all_its_files(workspace: Path, name: str
 
 
 def test_a_new_package_is_entered_in_the_workspace_and_its_tables(workspace: Path) -> None:
-    new.create("mymethod", workspace)
+    new.create("planted-sample", workspace)
     project = tomllib.loads((workspace / "pyproject.toml").read_text(encoding="utf-8"))
-    assert "mymethod[demo]" in project["project"]["dependencies"]
-    assert project["tool"]["uv"]["sources"]["mymethod"] == {"workspace": True}
-    assert "[`mymethod`](packages/mymethod/)" in (workspace / "README.md").read_text(encoding="utf-8")
-    assert "[mymethod](../packages/mymethod/)" in (workspace / "docs/choosing.md").read_text(encoding="utf-8")
+    assert "planted-sample[demo]" in project["project"]["dependencies"]
+    assert project["tool"]["uv"]["sources"]["planted-sample"] == {"workspace": True}
+    assert "[`planted-sample`](packages/planted-sample/)" in (workspace / "README.md").read_text(encoding="utf-8")
+    assert "[planted-sample](../packages/planted-sample/)" in (workspace / "docs/choosing.md").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,16 +87,16 @@ def test_a_name_that_cannot_be_is_refused_and_nothing_is_written(workspace: Path
 
 
 def test_a_package_that_exists_is_not_overwritten(workspace: Path) -> None:
-    new.create("mymethod", workspace)
+    new.create("planted-sample", workspace)
     before = contents(workspace)
     with pytest.raises(new.NewPackageError, match="exists already"):
-        new.create("mymethod", workspace)
+        new.create("planted-sample", workspace)
     assert contents(workspace) == before
 
 
 def test_a_folder_that_is_no_workspace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(new.NewPackageError, match="not a uv workspace"):
-        new.create("mymethod", tmp_path)
+        new.create("planted-sample", tmp_path)
     assert contents(tmp_path) == {}
 
 
@@ -111,22 +113,22 @@ def test_a_failure_while_entering_the_package_leaves_nothing_behind(
 
     monkeypatch.setattr(new, "atomic_write", fail_at_the_tables)
     with pytest.raises(OSError, match="No space left"):
-        new.create("mymethod", workspace)
+        new.create("planted-sample", workspace)
     assert contents(workspace) == before
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_new_package_passes_types_tests_proof_and_docs(workspace: Path) -> None:
-    folder = new.create("mymethod", workspace)
+    folder = new.create("planted-sample", workspace)
     # With the cache of the session `types`, torch is not read anew.
-    run(sys.executable, "-m", "mypy", "--cache-dir", ROOT / ".mypy_cache", "packages/mymethod/src", cwd=workspace)
+    run(sys.executable, "-m", "mypy", "--cache-dir", ROOT / ".mypy_cache", "packages/planted-sample/src", cwd=workspace)
     env = os.environ | {"PYTHONPATH": str(folder / "src"), "NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1"}
     run(
         sys.executable,
         "-m",
         "pytest",
-        "packages/mymethod/tests",
+        "packages/planted-sample/tests",
         "-q",
         "-p",
         "no:cacheprovider",
@@ -134,5 +136,5 @@ def test_a_new_package_passes_types_tests_proof_and_docs(workspace: Path) -> Non
         env=env,
     )
     run(sys.executable, "-m", "mkdocs", "build", "--strict", "-f", folder / "mkdocs.yml", cwd=workspace, env=env)
-    assert (workspace / "site/mymethod/index.html").is_file()
-    assert "round_to_bits" in (workspace / "site/mymethod/api/index.html").read_text(encoding="utf-8")
+    assert (workspace / "site/planted-sample/index.html").is_file()
+    assert "round_to_bits" in (workspace / "site/planted-sample/api/index.html").read_text(encoding="utf-8")
