@@ -12,6 +12,8 @@ from torch import Tensor
 from . import dispatch
 from .registry import Operator, choose
 
+Compare = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], str | None]
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -26,7 +28,7 @@ class Case:
 
     label: str
     arguments: tuple[Any, ...]
-    compare: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], str | None] | None = None
+    compare: Compare | None = None
     tolerance: float | None = None
 
 

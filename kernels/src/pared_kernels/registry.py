@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -42,18 +43,18 @@ class Operator:
         self.name = name
         self.package = package
         self.reference = reference
-        mutates = tuple(mutates)
         self._implementations: dict[str, Callable[..., Any]] = {"reference": reference}
         self._unsupported: dict[str, Callable[..., str | None] | None] = {"reference": None}
-        self.op = torch.library.custom_op(
-            f"pared::{name}",
-            self._run,
-            mutates_args=mutates,
-            schema=torch.library.infer_schema(reference, mutates_args=mutates),
-        )
-        self.op.register_fake(fake)
+        self.mutates = tuple(mutates)
+        schema = torch.library.infer_schema(reference, mutates_args=self.mutates)
+        # `torch.library.custom_op` would do the same, but its first call imports all of torch._dynamo.
+        self._library = torch.library.Library("pared", "FRAGMENT")
+        self._library.define(name + schema)
+        self._library.impl(name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"pared::{name}", fake, lib=self._library)
         if backward is not None:
-            self.op.register_autograd(backward, setup_context=setup_context)
+            torch.library.register_autograd(f"pared::{name}", backward, setup_context=setup_context, lib=self._library)
+        self.op = getattr(torch.ops.pared, name).default
 
     def __call__(self, *arguments: Any) -> Any:
         return self.op(*arguments)
@@ -87,12 +88,19 @@ class Operator:
         return importlib.util.find_spec(f"{self.package}.{name}") is not None
 
     def _run(self, *arguments: Any, **keywords: Any) -> Any:
-        backend = select(self, (*arguments, *keywords.values()))
+        values = (*arguments, *keywords.values())
+        backend = select(self, values)
         function = self.implementation(backend)
-        if backend != "triton":
-            return function(*arguments, **keywords)
-        with device_guard(device_of((*arguments, *keywords.values()))):
-            return function(*arguments, **keywords)
+        if backend == "triton":
+            with device_guard(device_of(values)):
+                outputs = function(*arguments, **keywords)
+        else:
+            outputs = function(*arguments, **keywords)
+        if self.mutates:
+            given = inspect.signature(self.reference).bind(*arguments, **keywords).arguments
+            # Autograd learns that a tensor it may have saved has changed.
+            torch.autograd.graph.increment_version([given[name] for name in self.mutates])
+        return outputs
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ...check import FLOATS, Case, every_layout
-
-Compare = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], str | None]
+from ...check import FLOATS, Case, Compare, every_layout
 
 # batch, tokens, channels, queries, keys
 SHAPES = ((1, 5, 3, 2, 1), (2, 75, 40, 51, 20), (1, 210, 20, 70, 140))
