@@ -35,6 +35,9 @@ def test_every_member_has_its_sessions(sessions: set[str]) -> None:
 
 
 def test_every_hardware_target_is_compiled_for(sessions: set[str]) -> None:
+    from pared_kernels.aot import TARGETS
+
+    assert set(TARGETS) == set(AOT_TARGETS)
     assert {name for name in sessions if name.startswith("kernels-aot-")} == {f"kernels-aot-{t}" for t in AOT_TARGETS}
 
 
