@@ -13,6 +13,7 @@ from torch import nn
 from dato.adapters import controlnet as controlnet_adapter
 from dato.adapters.base import DenoiserAdapter, adapter_for, find_denoiser
 from dato.backends import hooks
+from dato.backends.split import SplitBackend, require_unet
 from dato.config import DaToConfig
 from dato.costs import UnitCosts, unit_costs
 from dato.policy import Policy
@@ -26,12 +27,15 @@ OWNER = "dato"
 class DaToHandle(Handle):
     """DaTo applied to one denoiser: statistics, per-run state, removal. `timing` turns on seconds per action."""
 
-    def __init__(self, patch: Patch, adapter: DenoiserAdapter, run: RunState, policy: Policy) -> None:
+    def __init__(
+        self, patch: Patch, adapter: DenoiserAdapter, run: RunState, policy: Policy, split: SplitBackend | None
+    ) -> None:
         super().__init__(patch)
         self.config = run.config
         self._adapter = adapter
         self._run = run
         self._policy = policy
+        self._split = split
         self._known_costs: dict[tuple[int, ...], UnitCosts] = {}
 
     @property
@@ -83,7 +87,9 @@ class DaToHandle(Handle):
 
     def compile(self, **torch_compile_kwargs: Any) -> None:
         """Compile the functions of the split backend with `torch.compile`, `fullgraph=True` unless given."""
-        raise ConfigError('handle.compile() needs DaToConfig(backend="split")', "backend")
+        if self._split is None:
+            raise ConfigError('handle.compile() needs DaToConfig(backend="split")', "backend")
+        self._split.compile(torch_compile_kwargs)
 
 
 def apply(pipe_or_model: Any, config: DaToConfig | None = None) -> DaToHandle:
@@ -115,12 +121,18 @@ def apply(pipe_or_model: Any, config: DaToConfig | None = None) -> DaToHandle:
         run = RunState(config, clock, Statistics(), has_pipeline=pipe is not None, depths=depths)
         pipe_reference = weakref.ref(pipe) if pipe is not None else lambda: None
         pruner = TokenPruner(config, run, lambda: guidance_groups(pipe_reference(), config.cfg_groups))
-        hooks.install(patch, adapter, run, pruner, prunes=any(policy.ratio))
+        prunes = any(policy.ratio)
+        split = None
+        if config.backend == "split":
+            split = SplitBackend(require_unet(adapter), run, pruner, prunes=prunes)
+            split.install(patch)
+        else:
+            hooks.install(patch, adapter, run, pruner, prunes=prunes)
         controlnet = getattr(pipe, "controlnet", None)
         if isinstance(controlnet, nn.Module):
             controlnet_adapter.install(patch, controlnet, run)
         patch.on_remove(run.forget)
-        return DaToHandle(patch, adapter, run, policy)
+        return DaToHandle(patch, adapter, run, policy, split)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from pared_kernels import dato_score_select
 from torch import Tensor, nn
 
 from dato.config import DaToConfig
@@ -47,6 +48,8 @@ class PruneSite:
     """Path of the block in the model."""
     index: int
     """Number of the block, which seeds its noise."""
+    unit: int
+    """Unit the block belongs to; calls of a depth up to it leave the block out."""
     norm: nn.Module
     """The normalisation before self-attention; its first argument is the block's input."""
     attentions: tuple[nn.Module, ...]
@@ -74,17 +77,22 @@ class TokenPruner:
         num_prune = self.num_prune(call, site, grid)
         if num_prune == 0 or metric.shape[1] != grid[0] * grid[1] or not self.can_prune(site):
             return None
-        plan = self._existing(call, site, grid, num_prune)
+        plan = call.shared.get(grid) or self.stored_plan(call, site, num_prune)
         matched = plan is None
         if plan is None:
-            base_idx = self.base_tokens(call, site, grid, metric)
-            plan = match_tokens(metric, base_idx, num_prune, recover=self.config.recover)
+            prepared = self.prepare(call, site, grid, metric.shape[0], metric.device)
+            plan = self.match(prepared, metric, grid, num_prune)
             if self.config.reuse_match > 1:
                 call.memory.plans[site.name] = StoredPlan(plan)
         if self.config.share_match:
             call.shared[grid] = plan
         self.run.statistics.prune(call, site.name, plan.num_tokens, plan.num_kept, matched=matched)
         return plan
+
+    def match(self, prepared: Tensor | None, metric: Tensor, grid: tuple[int, int], num_prune: int) -> TokenPlan:
+        """The plan for tokens `(B, N, C)`; a pure function of its arguments."""
+        base_idx = self.base_tokens(prepared, metric, grid)
+        return match_tokens(metric, base_idx, num_prune, recover=self.config.recover)
 
     def num_prune(self, call: Call, site: PruneSite, grid: tuple[int, int]) -> int:
         """Number R of tokens that `site` prunes at this call."""
@@ -112,35 +120,87 @@ class TokenPruner:
                 return False
         return True
 
-    def base_tokens(self, call: Call, site: PruneSite, grid: tuple[int, int], metric: Tensor) -> Tensor:
-        """Base tokens `(B, M)` of `site` at this call (section 3.3); `metric` matters to `selection="similarity"`."""
-        config = self.config
-        batch, num_tokens = metric.shape[:2]
+    def prepare(
+        self, call: Call, site: PruneSite, grid: tuple[int, int], batch: int, device: torch.device
+    ) -> Tensor | None:
+        """What the choice of base tokens takes from outside the block (section 3.3).
+
+        Base tokens `(B, M)`, or the noise `(B, N)` of `selection="similarity"` (None without noise).
+        """
+        config, num_tokens = self.config, grid[0] * grid[1]
         if config.selection == "random":
-            score = self._generate(torch.rand, call, site, (1, num_tokens), metric.device).expand(batch, -1)
+            score = self._generate(torch.rand, call, site, (1, num_tokens), device).expand(batch, -1)
             return select_base_tokens(score, grid, config.patch)
+        if config.selection == "dynamics":
+            return self._most_dynamic(call, site, grid, batch, device)
+        if config.noise_alpha == 0:
+            return None
+        return self._generate(torch.randn, call, site, (batch, num_tokens), device)
+
+    def base_tokens(self, prepared: Tensor | None, metric: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Base tokens `(B, M)` from what `prepare` gave and the tokens `(B, N, C)` that are compared."""
+        if self.config.selection != "similarity":
+            assert prepared is not None
+            return prepared
+        # SiTo: the token most similar to all others, with noise.
+        score = similarity_score(metric).float()
+        if prepared is not None:
+            score = score + self.config.noise_alpha * prepared
+        return self._select(score, grid)
+
+    def _most_dynamic(
+        self, call: Call, site: PruneSite, grid: tuple[int, int], batch: int, device: torch.device
+    ) -> Tensor:
+        config, (height, width) = self.config, call.latent_size
+        gamma = config.diff_gamma
+        if config.sign_flip_prob > 0 and random.Random(_mix(call.seed, call.index, site.index)).random() < (
+            config.sign_flip_prob
+        ):
+            gamma = -gamma
+        if height % grid[0] == 0 and width % grid[1] == 0:
+            current, previous = self._predictions(call)
+            groups = self._cfg_groups() if config.cfg_aligned else 1
+            return dato_score_select(
+                current,
+                previous,
+                grid=grid,
+                patch=config.patch,
+                gamma=gamma,
+                alpha=config.noise_alpha,
+                normalize=config.normalize_diff,
+                seed=call.seed,
+                call=call.index,
+                block=site.index,
+                cfg_groups=groups if batch % groups == 0 else 1,
+            )
         noise = None
         if config.noise_alpha > 0:
-            noise = self._generate(torch.randn, call, site, (batch, num_tokens), metric.device)
-        if config.selection == "similarity":
-            difference, gamma, normalize = similarity_score(metric).float(), 1.0, False
-        else:
-            difference = self._dynamics(call, grid)
-            gamma, normalize = config.diff_gamma, config.normalize_diff
-            if config.sign_flip_prob > 0 and self._random(call, site).random() < config.sign_flip_prob:
-                gamma = -gamma
+            noise = self._generate(torch.randn, call, site, (batch, grid[0] * grid[1]), device)
+        difference = self._dynamics(call, grid)
         if difference is None and noise is None:
-            score = metric.new_zeros(batch, num_tokens, dtype=torch.float32)
-        else:
-            score = base_score(difference, noise, gamma=gamma, alpha=config.noise_alpha, normalize=normalize)
+            difference = torch.zeros(batch, grid[0] * grid[1], device=device)
+        return self._select(
+            base_score(difference, noise, gamma=gamma, alpha=config.noise_alpha, normalize=config.normalize_diff), grid
+        )
+
+    def _select(self, score: Tensor, grid: tuple[int, int]) -> Tensor:
+        config = self.config
         return select_base_tokens(
             score, grid, config.patch, cfg_aligned=config.cfg_aligned, cfg_groups=self._cfg_groups()
         )
 
-    def _existing(self, call: Call, site: PruneSite, grid: tuple[int, int], num_prune: int) -> TokenPlan | None:
-        shared = call.shared.get(grid)
-        if shared is not None:
-            return shared
+    def _predictions(self, call: Call) -> tuple[Tensor, Tensor | None]:
+        """The two predictions `(B, C, H, W)` that give the dynamics; before there are two, any tensor and None."""
+        memory = call.memory
+        if memory.latest is None or memory.before is None:
+            return call.sample, None
+        # Inpainting adds input channels, learned variances add output channels: noise is what both have.
+        channels = min(call.sample.shape[1], memory.latest.shape[1])
+        latest = memory.latest[:, :channels]
+        return latest, latest if memory.standing else memory.before[:, :channels]
+
+    def stored_plan(self, call: Call, site: PruneSite, num_prune: int) -> TokenPlan | None:
+        """The plan of an earlier call that `reuse_match` lets this one use, counted as one more use."""
         stored = call.memory.plans.get(site.name)
         if stored is None or stored.age >= self.config.reuse_match or stored.plan.prune_idx.shape[1] != num_prune:
             return None
@@ -148,16 +208,13 @@ class TokenPruner:
         return stored.plan
 
     def _dynamics(self, call: Call, grid: tuple[int, int]) -> Tensor | None:
-        """Dynamics score `(B, h * w)` on the token grid; None before two predictions exist."""
-        memory = call.memory
-        if memory.latest is None or memory.before is None:
+        """Dynamics score `(B, h * w)` on a token grid that does not divide the latent's."""
+        current, previous = self._predictions(call)
+        if previous is None:
             return None
         if grid not in call.dynamics:
-            # Inpainting adds input channels, learned variances add output channels: noise is what both have.
-            channels = min(call.sample.shape[1], memory.latest.shape[1])
-            before = memory.latest if memory.standing else memory.before
-            score = noise_difference(memory.latest[:, :channels], before[:, :channels])
-            call.dynamics[grid] = pool_score(score.nan_to_num(0.0, 0.0, 0.0), call.latent_size, grid)
+            score = noise_difference(current, previous).nan_to_num(0.0, 0.0, 0.0)
+            call.dynamics[grid] = pool_score(score, call.latent_size, grid)
         return call.dynamics[grid]
 
     def _generate(
@@ -170,9 +227,6 @@ class TokenPruner:
     ) -> Tensor:
         generator = torch.Generator(device=device).manual_seed(_mix(call.seed, call.index, site.index))
         return draw(shape, generator=generator, device=device)
-
-    def _random(self, call: Call, site: PruneSite) -> random.Random:
-        return random.Random(_mix(call.seed, call.index, site.index))
 
 
 def gather_mask(attention_mask: Tensor, plan: TokenPlan, num_heads: int) -> Tensor:

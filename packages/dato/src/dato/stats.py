@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pared_hooks import UnsupportedModelError
 
 from dato.functional import FULL
 from dato.policy import action_name
@@ -80,7 +81,7 @@ class Statistics:
         return {
             "calls": dict(calls),
             "tokens_kept": self._tokens_kept(),
-            "flops": self._flops(costs),
+            "flops": self._estimated_flops(costs),
             "seconds": dict(self._seconds) if self.timing else None,
             "memory_bytes": self._num_bytes,
             "peak_memory_bytes": self._peak_bytes,
@@ -98,6 +99,13 @@ class Statistics:
             block["calls"] = calls
             block["plans"] += count * pruned.matched
         return blocks
+
+    def _estimated_flops(self, costs: Callable[[tuple[int, ...]], UnitCosts]) -> dict[str, float] | None:
+        try:
+            return self._flops(costs)
+        except UnsupportedModelError:
+            # A denoiser with a kind of conditioning that the FLOP model cannot make up runs all the same.
+            return None
 
     def _flops(self, costs: Callable[[tuple[int, ...]], UnitCosts]) -> dict[str, float]:
         names = ("without_dato", "saved_by_cache", "saved_by_skip", "saved_by_pruning", "matching")

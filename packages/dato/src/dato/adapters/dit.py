@@ -72,9 +72,9 @@ def _site(name: str, index: int, block: Any, patch_size: int) -> PruneSite:
         return latent_size[0] // patch_size, latent_size[1] // patch_size
 
     if hasattr(block, "attn1"):
-        return PruneSite(name, index, block.norm1, (block.attn1,), block.pos_embed is None, grid)
+        return PruneSite(name, index, index, block.norm1, (block.attn1,), block.pos_embed is None, grid)
     attentions = tuple(module for module in (block.attn, block.attn2) if module is not None)
-    return PruneSite(name, index, block.norm1, attentions, True, grid)
+    return PruneSite(name, index, index, block.norm1, attentions, True, grid)
 
 
 def _wrap_block(

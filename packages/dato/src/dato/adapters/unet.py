@@ -25,7 +25,8 @@ class UNetAdapter:
             _site(block, index) for index, block in enumerate(self.units.blocks) if block.downsample <= max_downsample
         )
         self._names = parameter_names(unet)
-        self._residual_units = [_units_of(self.units.down, index)[-1].index for index in range(len(unet.down_blocks))]
+        self.residual_units = [_residual_unit(_units_of(self.units.down, i)) for i in range(len(unet.down_blocks))]
+        """By down block: the unit whose output T2I-Adapter features are added to."""
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -60,7 +61,7 @@ class UNetAdapter:
         if inside is not None:
             arguments.pop("down_block_additional_residuals", None)
             # A residual beyond the down blocks is for the mid block, which takes it only where the shapes agree.
-            units = [*self._residual_units, 0]
+            units = [*self.residual_units, 0]
             arguments["down_intrablock_additional_residuals"] = [
                 residual if call.computes(units[min(index, len(units) - 1)]) else skipped
                 for index, residual in enumerate(inside)
@@ -105,12 +106,18 @@ def _site(block: SelfAttentionBlock, index: int) -> PruneSite:
             height, width = -(-height // 2), -(-width // 2)
         return height, width
 
-    return PruneSite(block.name, index, module.norm1, (module.attn1,), module.pos_embed is None, grid)
+    return PruneSite(block.name, index, block.unit, module.norm1, (module.attn1,), module.pos_embed is None, grid)
 
 
 def _units_of(units: tuple[Unit, ...], block: int) -> list[Unit]:
     """The units of one block, shallowest first."""
     return [unit for unit in units if unit.block == block]
+
+
+def _residual_unit(units: list[Unit]) -> int:
+    """A block with attention adds the features before its downsampler, a block without adds them after it."""
+    with_attention = [unit.index for unit in units if unit.attention is not None]
+    return with_attention[-1] if with_attention else units[-1].index
 
 
 def _wrap_down_block(patch: Patch, block: nn.Module, units: list[Unit], run: RunState) -> None:

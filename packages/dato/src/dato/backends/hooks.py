@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import pared_kernels
 import torch
 from pared_hooks import ConfigError, Patch
-from torch import Tensor
+from pared_kernels import dato_norm_gather
+from torch import Tensor, nn
 
 from dato.adapters.base import DenoiserAdapter
 from dato.config import DaToConfig
-from dato.functional import prune_tokens, recover_tokens
+from dato.functional import TokenPlan, prune_tokens, recover_tokens
 from dato.pruning import PruneSite, TokenPruner, gather_mask
-from dato.state import RunState
+from dato.state import Call, RunState
 
 
 def install(patch: Patch, adapter: DenoiserAdapter, run: RunState, pruner: TokenPruner, *, prunes: bool) -> None:
     """Wrap the denoiser, the units its policy skips and, when it `prunes`, the blocks that may be pruned."""
-    wrap_denoiser(patch, adapter, run)
+    wrap_denoiser(patch, adapter, run, lambda original, call, arguments: original(**adapter.adjust(call, arguments)))
     adapter.install_cache(patch, run)
     for site in adapter.sites if prunes else ():
         _wrap_site(patch, site, run, pruner)
 
 
-def wrap_denoiser(patch: Patch, adapter: DenoiserAdapter, run: RunState) -> None:
-    """Let `run` decide at each denoiser call; a skipped call returns the previous prediction (section 3.1)."""
+def wrap_denoiser(
+    patch: Patch,
+    adapter: DenoiserAdapter,
+    run: RunState,
+    compute: Callable[[Callable[..., Any], Call, dict[str, Any]], Any],
+) -> None:
+    """Let `run` decide at each denoiser call; a skipped call returns the previous prediction (section 3.1).
+
+    `compute(original_forward, call, arguments)` carries out the other calls.
+    """
     config = run.config
 
     def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +56,7 @@ def wrap_denoiser(patch: Patch, adapter: DenoiserAdapter, run: RunState) -> None
             return adapter.wrap_output(output, arguments)
         try:
             with kernel_choice(config, sample):
-                output = original(**adapter.adjust(call, arguments))
+                output = compute(original, call, arguments)
         except BaseException:
             run.fail()
             raise
@@ -89,8 +99,9 @@ def _wrap_site(patch: Patch, site: PruneSite, run: RunState, pruner: TokenPruner
             plan = pruner.plan(site, hidden_states)
             # Normalisation is per token: gathering first does less of it (section 3.5).
             if plan is not None and gather_first:
-                hidden_states = prune_tokens(hidden_states, plan)
-            normalised = original(hidden_states, *args, **kwargs)
+                normalised = _normalise_kept(original, hidden_states, plan, *args, **kwargs)
+            else:
+                normalised = original(hidden_states, *args, **kwargs)
         if plan is not None:
             call.pending[site.name] = plan
         return normalised
@@ -114,3 +125,11 @@ def _wrap_site(patch: Patch, site: PruneSite, run: RunState, pruner: TokenPruner
     patch.wrap_forward(site.norm, norm)
     for module in site.attentions:
         patch.wrap_forward(module, attention)
+
+
+def _normalise_kept(original: Any, hidden_states: Tensor, plan: TokenPlan, *args: Any, **kwargs: Any) -> Any:
+    """Normalise the kept tokens alone; in one pass where nothing else is wrapped around a plain layer norm."""
+    if getattr(original, "__func__", None) is nn.LayerNorm.forward:
+        norm = original.__self__
+        return dato_norm_gather(hidden_states, plan.keep_idx, norm.weight, norm.bias, norm.eps)
+    return original(prune_tokens(hidden_states, plan), *args, **kwargs)
