@@ -146,3 +146,362 @@ def run_flux(pipeline, steps: int = 3, true_cfg_scale: float = 1.0):
         width=32,
         output_type="latent",
     ).images
+
+
+# Denoisers, each with the keyword arguments of one call
+
+
+def _generator():
+    return torch.Generator().manual_seed(1)
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=_generator())
+
+
+def denoisers():
+    """Family name -> function that builds (model, call arguments)."""
+    return {
+        "sd15": sd15,
+        "sdxl": sdxl,
+        "dit": dit,
+        "pixart": pixart,
+        "sd3": sd3,
+        "flux": flux_transformer,
+        "qwen-image": qwen_image,
+        "wan": wan_call,
+        "hunyuan-video": hunyuan_video,
+        "cogvideox": cogvideox,
+    }
+
+
+def sd15():
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(8, 8, 16, 16),
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    return model.eval(), {
+        "sample": randn(2, 4, 16, 12),
+        "timestep": 500,
+        "encoder_hidden_states": randn(2, 5, 8),
+    }
+
+
+def sdxl():
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 2, 3],
+        use_linear_projection=True,
+        attention_head_dim=[2, 4, 4],
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=56,
+        cross_attention_dim=8,
+        norm_num_groups=4,
+    )
+    return model.eval(), {
+        "sample": randn(1, 4, 16, 16),
+        "timestep": 500,
+        "encoder_hidden_states": randn(1, 5, 8),
+        "added_cond_kwargs": {"text_embeds": randn(1, 8), "time_ids": torch.zeros(1, 6)},
+    }
+
+
+def dit():
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        num_embeds_ada_norm=10,
+    )
+    return model.eval(), {
+        "hidden_states": randn(1, 4, 16, 16),
+        "timestep": torch.tensor([5]),
+        "class_labels": torch.tensor([1]),
+    }
+
+
+def pixart():
+    from diffusers import PixArtTransformer2DModel
+
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=16,
+        caption_channels=8,
+        use_additional_conditions=False,
+    )
+    return model.eval(), {
+        "hidden_states": randn(1, 4, 16, 16),
+        "encoder_hidden_states": randn(1, 5, 8),
+        "timestep": torch.tensor([5]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def sd3():
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        caption_projection_dim=32,
+        pooled_projection_dim=8,
+        out_channels=4,
+        pos_embed_max_size=32,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return model.eval(), {
+        "hidden_states": randn(1, 4, 12, 16),
+        "encoder_hidden_states": randn(1, 5, 8),
+        "pooled_projections": randn(1, 8),
+        "timestep": torch.tensor([5.0]),
+    }
+
+
+def flux_transformer():
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    model = flux(FlowMatchEulerDiscreteScheduler()).transformer
+    return model, {
+        "hidden_states": randn(1, 24, 16),
+        "encoder_hidden_states": randn(1, 5, 8),
+        "pooled_projections": randn(1, 8),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": FluxPipeline._prepare_latent_image_ids(1, 4, 6, torch.device("cpu"), torch.float32),
+        "txt_ids": torch.zeros(5, 3),
+        "guidance": torch.tensor([3.0]),
+    }
+
+
+def qwen_image():
+    from diffusers import QwenImageTransformer2DModel
+
+    model = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        axes_dims_rope=(8, 4, 4),
+    )
+    return model.eval(), {
+        "hidden_states": randn(1, 24, 16),
+        "encoder_hidden_states": randn(1, 5, 8),
+        "encoder_hidden_states_mask": torch.ones(1, 5, dtype=torch.long),
+        "timestep": torch.tensor([0.5]),
+        "img_shapes": [[(1, 4, 6)]],
+    }
+
+
+def wan_call():
+    return wan_transformer(), {
+        "hidden_states": randn(1, 4, 2, 8, 12),
+        "timestep": torch.tensor([5]),
+        "encoder_hidden_states": randn(1, 5, 8),
+    }
+
+
+def hunyuan_video():
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=8,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    )
+    return model.eval(), {
+        "hidden_states": randn(1, 4, 2, 8, 12),
+        "timestep": torch.tensor([5]),
+        "encoder_hidden_states": randn(1, 5, 8),
+        "encoder_attention_mask": torch.ones(1, 5),
+        "pooled_projections": randn(1, 8),
+        "guidance": torch.tensor([3.0]),
+    }
+
+
+def cogvideox():
+    from diffusers import CogVideoXTransformer3DModel
+
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=8,
+        num_layers=2,
+        sample_width=12,
+        sample_height=8,
+        sample_frames=5,
+        max_text_seq_length=5,
+    )
+    return model.eval(), {
+        "hidden_states": randn(1, 2, 4, 8, 12),
+        "encoder_hidden_states": randn(1, 5, 8),
+        "timestep": torch.tensor([5]),
+    }
+
+
+# Language models
+
+
+def decoders():
+    """Family name -> function that builds the model."""
+    return {
+        "llama": lambda: _language_model("Llama"),
+        "qwen2": lambda: _language_model("Qwen2"),
+        "qwen3": lambda: _language_model("Qwen3", head_dim=16),
+        "mistral": lambda: _language_model("Mistral", sliding_window=4),
+        "gemma3": gemma3,
+        "llava-onevision": llava_onevision,
+        "qwen2_5_vl": qwen2_5_vl,
+        "qwen3_vl": qwen3_vl,
+        "internvl": internvl,
+    }
+
+
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _language_model(name: str, **options):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**{**TEXT, **options})
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def gemma3():
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**TEXT, head_dim=16, query_pre_attn_scalar=16, **layers)).eval()
+
+
+def llava_onevision():
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    config = LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **TEXT},
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        image_token_index=60,
+        video_token_index=61,
+    )
+    return LlavaOnevisionForConditionalGeneration(config).eval()
+
+
+def qwen2_5_vl():
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+            "fullatt_block_indexes": [1],
+        },
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def qwen3_vl():
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config={**TEXT, "head_dim": 16, "rope_parameters": rope},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+    )
+    return Qwen3VLForConditionalGeneration(config).eval()
+
+
+def internvl():
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    config = InternVLConfig(
+        text_config={"model_type": "qwen2", **TEXT},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": [32, 32],
+            "patch_size": [4, 4],
+        },
+        image_seq_length=16,
+        image_token_id=60,
+    )
+    return InternVLForConditionalGeneration(config).eval()
