@@ -7,6 +7,7 @@ the time of the build.
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -29,7 +30,8 @@ MARKER = re.compile(r"<!-- evidence(?:: (?P<name>[a-z0-9-]+))? -->")
 #: Pages of a package in the order a reader meets them; others come between `how-it-works` and `evidence`.
 FIRST = ("index", "quickstart", "how-it-works")
 LAST = ("evidence", "limits", "api", "changelog")
-API_PAGE = "# API of `{module}`\n\n::: {module}\n    options:\n      show_root_heading: false\n"
+#: Modules that users import and that are single files; folders with an `__all__` are found by themselves.
+API_FILES = {"pared-bench": ("quality", "store", "report")}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -65,7 +67,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if "changelog.md" not in present:
             files.append(File.generated(config, "changelog.md", content=read(one.path / "CHANGELOG.md")))
         if "api.md" not in present:
-            files.append(File.generated(config, "api.md", content=API_PAGE.format(module=one.module)))
+            files.append(File.generated(config, "api.md", content=api_page(one)))
         if "evidence.md" not in present:
             text = f"# Evidence\n\n<!-- evidence: {one.name} -->\n"
             files.append(File.generated(config, "evidence.md", content=text))
@@ -112,10 +114,31 @@ def room_page(one: Member, path: str) -> str:
     if name == "index.md":
         return read(one.path / "README.md").replace("(docs/", "(").replace("(CHANGELOG.md)", "(changelog.md)")
     if name == "api.md":
-        return API_PAGE.format(module=one.module)
+        return api_page(one)
     if name == "changelog.md":
         return read(one.path / "CHANGELOG.md")
     return read(one.path / "docs" / name)
+
+
+def api_page(one: Member) -> str:
+    """Return the API page of a member: what its module exports, then what its public submodules do."""
+    exported = set(public_names(one.source / "__init__.py"))
+    modules = [f"{one.module}.{name}" for name in API_FILES.get(one.name, ())]
+    for file in sorted(one.source.rglob("*/__init__.py")):
+        names = set(public_names(file))
+        if names and not names <= exported:
+            modules.append(".".join(file.parent.relative_to(one.path / "src").parts))
+    top = f"# API of `{one.module}`\n\n::: {one.module}\n    options:\n      show_root_heading: false\n"
+    options = "    options:\n      show_root_heading: false\n      heading_level: 3\n"
+    return "\n".join([top, *(f"## `{module}`\n\n::: {module}\n{options}" for module in modules)])
+
+
+def public_names(file: Path) -> list[str]:
+    """Return the literal `__all__` of a file, empty when it has none."""
+    for node in ast.parse(read(file)).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return [str(name) for name in ast.literal_eval(node.value)]
+    return []
 
 
 def package_of(config: MkDocsConfig) -> Member:
