@@ -1,0 +1,198 @@
+"""``sd-world``: a complete StableDiffusionPipeline for 64x64 pictures of the world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from pared_zoo.models import path
+from pared_zoo.recipes.base import Batch, Recipe, Schedule, Track
+from pared_zoo.recipes.latents import encode_scenes
+from pared_zoo.recipes.tokenizer import world_tokenizer
+from pared_zoo.world import Scene, SceneDistribution, caption, iter_scenes, sample_scenes
+
+RESOLUTION = 64
+MAX_TOKENS = 32
+CFG_DROPOUT = 0.1
+#: Min-SNR weighting (Hang et al. 2023, eq. 9): steps that are almost clean do not drown the others.
+SNR_CLIP = 5.0
+SCENES = SceneDistribution(kinds=(0.25, 0.25, 0.4, 0.1, 0.0), max_objects=2)
+HELD_OUT_PROMPTS = 500
+HELD_OUT_SEED = 20_000
+GUIDANCE_SCALE = 3.0
+EVALUATION_STEPS = 25
+#: Size -> scenes encoded once, channels of the three levels, layers per block, width and depth of the text encoder.
+ARCHITECTURE: dict[str, dict[str, Any]] = {
+    "small": {"scenes": 24_000, "channels": (32, 64, 96), "layers": 2, "text_width": 96, "text_layers": 2},
+    "base": {"scenes": 400_000, "channels": (64, 96, 128), "layers": 2, "text_width": 128, "text_layers": 4},
+}
+
+
+class Denoiser(torch.nn.Module):
+    """The two trained parts of the pipeline."""
+
+    def __init__(self, text_encoder: torch.nn.Module, unet: torch.nn.Module) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = unet
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        context = self.text_encoder(input_ids)[0]
+        return self.unet(noisy, timesteps, context, return_dict=False)[0]
+
+
+class SdWorld(Recipe):
+    """Epsilon prediction on latents of ``vae-world``, caption dropout for guidance, text encoder trained along."""
+
+    name = "sd-world"
+    schedules: ClassVar = {
+        "small": Schedule(steps=6000, batch_size=32, learning_rate=1.5e-3),
+        "base": Schedule(steps=60_000, batch_size=256, learning_rate=6e-4, warmup=500, ema_decay=0.9995),
+    }
+
+    def build(self) -> torch.nn.Module:
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        torch.manual_seed(self.seed_of(0))
+        a = ARCHITECTURE[self.size]
+        tokenizer = world_tokenizer(MAX_TOKENS)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=a["text_width"],
+                intermediate_size=4 * a["text_width"],
+                num_hidden_layers=a["text_layers"],
+                num_attention_heads=4,
+                max_position_embeddings=MAX_TOKENS,
+                projection_dim=a["text_width"],
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=RESOLUTION // 4,
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=a["channels"],
+            layers_per_block=a["layers"],
+            cross_attention_dim=a["text_width"],
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+        return Denoiser(text_encoder, unet)
+
+    def prepare(self, folder: Path, device: torch.device, track: Track) -> None:
+        self._tokenizer = world_tokenizer(MAX_TOKENS)
+        self._scenes = training_scenes(ARCHITECTURE[self.size]["scenes"], self.seed_of(1))
+        self._latents = encode_scenes(
+            self._scenes, path("vae-world"), RESOLUTION, folder / "latents.safetensors", device, track
+        )
+        self._signal = noise_scheduler().alphas_cumprod
+
+    def batch(self, step: int, rank: int, size: int) -> Batch:
+        rng = np.random.default_rng([self.seed_of(2, step, rank)])
+        rows = rng.integers(len(self._scenes), size=size)
+        seeds = rng.integers(2**31, size=size)
+        dropped = rng.random(size) < CFG_DROPOUT
+        texts = [
+            "" if drop else caption(self._scenes[row], int(seed))
+            for row, seed, drop in zip(rows, seeds, dropped, strict=True)
+        ]
+        ids = self._tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+        return {"latents": self._latents[torch.from_numpy(rows)].float(), "input_ids": ids["input_ids"]}
+
+    def loss(self, module: torch.nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        latents = batch["latents"]
+        count, device = len(latents), latents.device
+        # One timestep from each of `count` equal spans: the same distribution as independent draws, less variance.
+        spans = torch.arange(count, device=device) + torch.rand(count, device=device, generator=generator)
+        timesteps = (spans * (len(self._signal) / count)).long()
+        noise = torch.randn(latents.shape, device=device, generator=generator)
+        signal = self._signal.to(device)[timesteps].view(-1, 1, 1, 1)
+        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+        error = (module(noisy, timesteps, batch["input_ids"]) - noise).square().mean(dim=(1, 2, 3))
+        ratio = (signal / (1 - signal)).flatten()
+        weight = ratio.clamp(max=SNR_CLIP) / ratio
+        return {"loss": (weight * error).mean(), "epsilon": error.mean()}
+
+    def save(self, module: torch.nn.Module, folder: Path) -> None:
+        from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+        pipeline = StableDiffusionPipeline(
+            vae=AutoencoderKL.from_pretrained(path("vae-world")),
+            text_encoder=module.text_encoder,
+            tokenizer=world_tokenizer(MAX_TOKENS),
+            unet=module.unet,
+            scheduler=noise_scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.to(torch.float16).save_pretrained(folder)
+
+    @staticmethod
+    def load(folder: Path) -> Any:
+        from diffusers import StableDiffusionPipeline
+
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def evaluate(self, folder: Path, device: torch.device, track: Track) -> dict[str, float]:
+        from pared_zoo.world import attribute_accuracy
+
+        pipeline = self.load(folder).to(device)
+        scenes = held_out_scenes()
+        pictures: list[np.ndarray] = []
+        for start in track(range(0, len(scenes), 50), "evaluate sd-world", None):
+            block = scenes[start : start + 50]
+            latents = torch.randn(
+                (len(block), 4, 16, 16), generator=torch.Generator().manual_seed(HELD_OUT_SEED + start)
+            )
+            result = pipeline(
+                [caption(s) for s in block],
+                latents=latents.to(device),
+                num_inference_steps=EVALUATION_STEPS,
+                guidance_scale=GUIDANCE_SCALE,
+                output_type="np",
+            )
+            pictures.append((result.images * 255).round().astype(np.uint8))
+        accuracy = attribute_accuracy(np.concatenate(pictures), scenes)
+        metrics = {f"accuracy_{k}": float(v) for k, v in accuracy.items()}
+        return metrics | {"prompts": len(scenes), "steps": EVALUATION_STEPS, "guidance_scale": GUIDANCE_SCALE}
+
+
+def noise_scheduler() -> Any:
+    """The scheduler of Stable Diffusion 1.5: PNDM without Runge-Kutta steps on the scaled linear schedule."""
+    from diffusers import PNDMScheduler
+
+    return PNDMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+def held_out_scenes(n: int = HELD_OUT_PROMPTS) -> list[Scene]:
+    """The first ``n`` scenes of the evaluation stream; for n <= 500 none of their captions is trained on."""
+    return sample_scenes(n, HELD_OUT_SEED, SCENES)
+
+
+def training_scenes(n: int, seed: int) -> list[Scene]:
+    """``n`` scenes whose canonical captions are none of the held-out ones."""
+    held_out = {caption(s) for s in held_out_scenes()}
+
+    stream = (s for s in iter_scenes(seed, SCENES) if caption(s) not in held_out)
+    return [next(stream) for _ in range(n)]
