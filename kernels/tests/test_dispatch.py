@@ -93,7 +93,7 @@ def test_a_chosen_backend_that_cannot_run_says_why(monkeypatch):
 
 
 def test_wrong_choices_are_refused_with_the_valid_ones():
-    with pytest.raises(ValueError, match="'cuda'.*reference, triton, cpu, auto"), pared_kernels.use("cuda"):
+    with pytest.raises(ValueError, match=r"'cuda'.*reference, triton, cpu, auto"), pared_kernels.use("cuda"):
         pass
-    with pytest.raises(ValueError, match="'match'.*dato_match"), pared_kernels.use(match="cpu"):
+    with pytest.raises(ValueError, match=r"'match'.*dato_match"), pared_kernels.use(match="cpu"):
         pass

@@ -16,12 +16,13 @@ def kernels() -> Iterator[Specialization]:
     """Yield both kernels for the width of Stable Diffusion's full-resolution blocks, in every dtype."""
     strides = ("stride_batch", "stride_token")
     for name, dtype in DTYPES.items():
+        constants, options = inverse_norm_constants(320)
         yield Specialization(
             inverse_norm_kernel,
             f"{name} C320",
             {"metric_ptr": f"*{name}", "inverse_ptr": "*fp32", "tokens": "i32"} | dict.fromkeys(strides, "i32"),
-            {**inverse_norm_constants(320), "stride_channel": 1},
-            {},
+            {**constants, "stride_channel": 1},
+            options,
             aligned=("metric_ptr", "inverse_ptr", "tokens", *strides),
         )
         constants, options = best_match_constants(320, dtype)

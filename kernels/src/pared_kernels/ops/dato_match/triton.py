@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...dispatch import interprets
+from ... import dispatch
 
 
 @triton.jit
@@ -103,10 +103,11 @@ def best_match_kernel(
     tl.store(position_ptr + out, tl.where(inverse > 0, where, 0).to(tl.int64), is_query)
 
 
-def inverse_norm_constants(channels: int) -> dict[str, Any]:
-    """Return the constants of `inverse_norm_kernel` for this many channels."""
+def inverse_norm_constants(channels: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the constants and launch options of `inverse_norm_kernel` for this many channels."""
     block = min(512, max(16, triton.next_power_of_2(channels)))
-    return {"CHANNELS": channels, "BLOCK_TOKENS": max(1, 4096 // block), "BLOCK_CHANNELS": block}
+    constants = {"CHANNELS": channels, "BLOCK_TOKENS": max(1, 4096 // block), "BLOCK_CHANNELS": block}
+    return constants, {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def best_match_constants(channels: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, int]]:
@@ -120,9 +121,9 @@ def best_match_constants(channels: int, dtype: torch.dtype) -> tuple[dict[str, A
         # TF32 products would change which key wins.
         "PRECISION": "ieee",
         # Triton's interpreter multiplies the bit patterns of bfloat16.
-        "WIDEN": dtype == torch.bfloat16 and interprets(),
+        "WIDEN": dtype == torch.bfloat16 and dispatch.interprets(),
     }
-    return constants, {"num_warps": 4, "num_stages": 3}
+    return constants, {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 
 
 def unsupported(metric: Tensor, query_idx: Tensor, key_idx: Tensor) -> str | None:
@@ -139,9 +140,9 @@ def best_match(metric: Tensor, query_idx: Tensor, key_idx: Tensor) -> tuple[Tens
     if similarity.numel() == 0:
         return similarity, position
     inverse = metric.new_empty((batch, tokens), dtype=torch.float32)
-    constants = inverse_norm_constants(channels)
+    constants, options = inverse_norm_constants(channels)
     inverse_norm_kernel[(triton.cdiv(tokens, constants["BLOCK_TOKENS"]), batch)](
-        metric, inverse, tokens, *metric.stride(), **constants
+        metric, inverse, tokens, *metric.stride(), **constants, **options
     )
     constants, options = best_match_constants(channels, metric.dtype)
     best_match_kernel[(triton.cdiv(queries, constants["BLOCK_QUERIES"]), batch)](

@@ -65,7 +65,7 @@ def constants(channels: int, has_weight: bool, has_bias: bool) -> tuple[dict[str
         "HAS_WEIGHT": has_weight,
         "HAS_BIAS": has_bias,
     }
-    return chosen, {"num_warps": 4 if block <= 4096 else 16}
+    return chosen, {"num_warps": 4 if block <= 4096 else 16, "enable_fp_fusion": True}
 
 
 def unsupported(x: Tensor, index: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> str | None:

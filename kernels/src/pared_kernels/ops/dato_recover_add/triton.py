@@ -61,7 +61,7 @@ def constants(channels: int, has_gate: bool) -> tuple[dict[str, Any], dict[str, 
         "BLOCK_CHANNELS": block,
         "HAS_GATE": has_gate,
     }
-    return chosen, {"num_warps": 4}
+    return chosen, {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def unsupported(x: Tensor, y: Tensor, gather_map: Tensor, gate: Tensor | None) -> str | None:

@@ -54,9 +54,9 @@ def dato_score_select(
 
     The score is gamma * D + alpha * z. D is the mean over channels of |current - previous|, averaged over the pixels of
     a token, 0 where not finite, and divided by its mean over the tokens of the sample if `normalize`. z is noise of
-    mean 0 and variance 1 that depends on (seed, call, block, sample, token) alone and is the same bits with every backend:
-    the standardised sum of 16 uniform 16-bit integers from Philox4x32-10, normal but for an excess kurtosis of -0.075
-    and a range of +-6.9.
+    mean 0 and variance 1 that depends on (seed, call, block, sample, token) alone and is the same bits with every
+    backend: the standardised sum of 16 uniform 16-bit integers from Philox4x32-10, normal but for an excess kurtosis of
+    -0.075 and a range of +-6.9.
 
     Args:
         current: (batch, channels, H, W), float16, bfloat16, float32 or float64; the newest prediction.

@@ -27,12 +27,12 @@ def cases(seed: int) -> Iterator[Case]:
         for dtype in FLOATS:
             current, previous = torch.randn(2, batch, channels, *size, generator=generator).to(dtype)
             for layout, laid in every_layout(current):
-                if layout != "contiguous" and grid != SHAPES[1][3]:
-                    continue
-                for gamma, alpha, normalize in ((1.0, 0.1, True), (-0.5, 0.0, False)):
-                    weights = (gamma, alpha, normalize, 2**40 + seed, 7, 3, groups)
-                    arguments = (laid, previous, *grid, *patch, *weights)
-                    yield Case(f"{size} {dtype} {layout} gamma {gamma}", arguments, comparer(arguments))
+                # The interpreter takes long over the noise, which does not depend on the layout.
+                weights = (1.0, 0.1, True) if layout == "contiguous" else (-0.5, 0.0, False)
+                arguments = (laid, previous, *grid, *patch, *weights, 2**40 + seed, 7, 3, groups)
+                yield Case(f"{size} {dtype} {layout} gamma {weights[0]}", arguments, comparer(arguments))
+            if dtype != torch.float32:
+                continue
             arguments = (current, None, *grid, *patch, 1.0, 0.1, True, seed, 0, 0, groups)
             # Without a score the choice rests on integers alone: no difference is allowed.
             yield Case(f"{size} {dtype} noise alone", arguments)

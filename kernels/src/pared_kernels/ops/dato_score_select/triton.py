@@ -178,7 +178,7 @@ def constants(
         "BLOCK_TOKENS": 1024,
         "BLOCK_PATCHES": 128,
     }
-    return chosen, {"num_warps": 4}
+    return chosen, {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def unsupported(current: Tensor, *rest: Any) -> str | None:
