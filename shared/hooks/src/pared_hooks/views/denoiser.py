@@ -84,7 +84,7 @@ class DenoiserView:
     last: nn.Module
     """The module that turns them into the prediction."""
     rotary: nn.Module | None
-    """The module that computes rotary tables from the grid; None without rotary positions or when passed from outside."""
+    """The module that computes rotary tables; None when there are none or the pipeline passes them."""
     patch: Grid
     """Latent frames, rows and columns per token."""
     grid_of: Callable[[Sequence[int], Mapping[str, Any]], Grid]
