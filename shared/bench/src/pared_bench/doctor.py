@@ -111,7 +111,7 @@ def _kernels() -> Finding:
 def _energy() -> Iterator[Finding]:
     import torch
 
-    from pared_bench.measure.energy import energy_source
+    from pared_bench.measure.meters import energy_source
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:

@@ -72,10 +72,11 @@ def source_folders() -> Path:
 
 
 def run_tests(root: Path, methods: Sequence[Method]) -> list[str]:
-    """Run the tests marked gpu of the kernels and the packages; return what failed."""
+    """Run the tests marked gpu of the kernels, the shared rooms and the packages; return what failed."""
     if importlib.util.find_spec("pytest") is None:
         return ["tests (pytest is not installed)"]
-    folders = [root / "kernels" / "tests", *(root / "packages" / method.name / "tests" for method in methods)]
+    folders = [root / "kernels" / "tests", *sorted(root.glob("shared/*/tests"))]
+    folders += [root / "packages" / method.name / "tests" for method in methods]
     failed = []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with tempfile.TemporaryDirectory() as scratch:

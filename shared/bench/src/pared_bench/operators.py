@@ -12,10 +12,10 @@ PACKAGE = "pared-kernels"
 
 
 def operator_records(measurements: Iterable[Any]) -> list[Record]:
-    """Return what `pared_kernels.bench.run` measured as records: time, share of the roofline, speed-up over plain torch.
+    """Return what `pared_kernels.bench.run` measured as records: time, share of the roofline, speed-up over torch.
 
-    The operator is the method, the backend or baseline the variant; the spread of a time is half its interquartile range
-    to either side.
+    The operator is the method, the backend or baseline the variant; the spread of a time is half its interquartile
+    range to either side.
     """
     records = []
     for item in measurements:

@@ -34,7 +34,10 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for the bench's own files.")] = Path("pared-report"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON on standard output.")] = False,
 ) -> None:
-    """Measure a method and merge the numbers into benchmarks/results/DEVICE/NAME.json."""
+    """Measure a method and keep the numbers.
+
+    They are merged into benchmarks/results/DEVICE/NAME.json.
+    """
     chosen, tokens = split_tokens(names)
     if len(chosen) != 1:
         raise BenchError(f"pared bench measures one method at a time, got {' '.join(chosen) or 'none'}")

@@ -39,7 +39,7 @@ def demo(
     full: Annotated[bool, typer.Option("--full", help="Larger runs: better numbers, more minutes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON on standard output.")] = False,
 ) -> None:
-    """Show methods at work: pictures and numbers in the terminal and in one HTML page."""
+    """Show methods at work: pictures and numbers, in one page."""
     chosen, tokens = split_tokens(names or [])
     selected = registry.select(chosen, "demo")
     if not selected:

@@ -14,7 +14,7 @@ from pared_bench.cli.demo import DeviceOption
 from pared_bench.errors import BenchError, MissingExtraError
 from pared_bench.results import Table
 
-app = typer.Typer(help="The shared operators: list, check, bench.", no_args_is_help=True)
+app = typer.Typer(help="The shared operators: list, check, bench.", no_args_is_help=True, rich_markup_mode=None)
 
 OpsArgument = Annotated[list[str] | None, typer.Argument(help="Operators; none: all.", show_default=False)]
 

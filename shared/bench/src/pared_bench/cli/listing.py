@@ -1,36 +1,38 @@
-"""`pared list`: which methods are installed."""
+"""`pared list`: which methods are installed. Imports no library, to answer at once."""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated
-
-import typer
+import shutil
+import textwrap
 
 from pared_bench import registry
 
 
-def list_methods(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Show the installed methods and what each offers."""
+def list_methods(*, as_json: bool) -> None:
+    """Print the installed methods and what each offers, as a table or as JSON."""
     found = list(registry.methods().values())
     if as_json:
         rows = [{"name": m.name, "version": m.version, "offers": list(m.parts()), "summary": m.summary} for m in found]
-        typer.echo(json.dumps(rows, indent=1))
-        return
-    if not found:
-        typer.echo("No method is installed. Each is a package of its own, for example: pip install framefusion")
-        return
-    from rich.console import Console
-    from rich.table import Table
+        print(json.dumps(rows, indent=1))
+    elif found:
+        print("\n".join(_lines(found, shutil.get_terminal_size().columns)))
+    else:
+        print("No method is installed. Each is a package of its own, for example: pip install framefusion")
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("method", "version", "offers", "what it does"):
-        table.add_column(column)
-    for method in found:
-        table.add_row(method.name, method.version, " ".join(method.parts()), method.summary)
-    Console().print(table, highlight=False, markup=False)
+
+def _lines(methods: list[registry.Method], width: int) -> list[str]:
+    """Lay the table out in `width` columns, the summaries wrapped."""
+    table = [("method", "version", "offers", "what it does")]
+    table += [(m.name, m.version, " ".join(m.parts()), m.summary) for m in methods]
+    sizes = [max(len(row[column]) for row in table) for column in range(3)]
+    indent = sum(sizes) + 2 * len(sizes)
+    lines = []
+    for row in table:
+        head = "".join(f"{text:<{size}}  " for text, size in zip(row, sizes, strict=False))
+        summary = textwrap.wrap(row[3], max(width - indent, 20)) or [""]
+        lines += [head + summary[0], *(" " * indent + line for line in summary[1:])]
+    return [line.rstrip() for line in lines]
 
 
 def complete_method(incomplete: str) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ def report(
     ] = "terminal",
     out: Annotated[Path | None, typer.Option(help="File to write; else standard output.", show_default=False)] = None,
 ) -> None:
-    """Show the stored results as tables, as Markdown, or as one HTML page."""
+    """Show the stored results: tables, Markdown or HTML."""
     from pared_bench import files, html
     from pared_bench import report as writer
     from pared_bench.store import ResultStore

@@ -15,7 +15,7 @@ class MethodCommand(TyperCommand):
     """Stands for a method's own command line until it is used; only then is the method's package imported."""
 
     def __init__(self, method: registry.Method) -> None:
-        super().__init__(name=method.name, help=method.summary, rich_help_panel="Methods")
+        super().__init__(name=method.name, help=method.summary)
         self._method = method
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:

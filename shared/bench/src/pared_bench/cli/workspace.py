@@ -15,7 +15,10 @@ def new(
     name: Annotated[str, typer.Argument(help="Name of the package, such as my-method.")],
     root: Annotated[Path | None, typer.Option(help="The workspace.", show_default="this checkout")] = None,
 ) -> None:
-    """Create a package in the workspace that passes lint, types and tests as it stands."""
+    """Create a package in the workspace from the template.
+
+    It passes lint, types and tests as it stands.
+    """
     from pared_bench.new import create
 
     place = root or registry.workspace_root() or Path.cwd()

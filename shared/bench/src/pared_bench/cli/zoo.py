@@ -9,7 +9,7 @@ import typer
 
 from pared_bench.errors import BenchError, MissingExtraError, nearest_name
 
-app = typer.Typer(help="The small trained models: list, train, show.", no_args_is_help=True)
+app = typer.Typer(help="The small trained models: list, train, show.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command("ls")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pared_bench.measure.energy import Energy, energy, energy_source
-from pared_bench.measure.flops import FlopCount, flops
 from pared_bench.measure.memory import PeakMemory, peak_memory
+from pared_bench.measure.meters import Energy, energy, energy_source
+from pared_bench.measure.operations import FlopCount, flops
 from pared_bench.measure.timing import Ratio, Timings, time_paired
 
 __all__ = [
