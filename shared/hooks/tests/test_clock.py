@@ -19,6 +19,7 @@ from diffusers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pared_hooks import ConfigError, Patch, StepClock
+from pared_hooks._schedule import Schedule
 
 _spec = importlib.util.spec_from_file_location("tiny_pipelines", Path(__file__).with_name("tiny.py"))
 tiny = importlib.util.module_from_spec(_spec)
@@ -184,12 +185,13 @@ def test_the_clock_does_not_keep_its_pipeline_alive():
 # Loops without a pipeline
 
 
-def loop(clock, scheduler, steps, forwards=1, number=False):
+def loop(clock, scheduler, steps, forwards=1, number=False, scale=None):
     scheduler.set_timesteps(steps)
     sample = SAMPLE
     for timestep in scheduler.timesteps:
         for _ in range(forwards):
-            yield clock.tick(sample, float(timestep) if number else timestep.clone())
+            given = timestep.clone() if scale is None else timestep * scale
+            yield clock.tick(sample, float(given) if number else given)
         sample = scheduler.step(torch.zeros_like(sample), timestep, scheduler.scale_model_input(sample, timestep))[0]
 
 
@@ -219,6 +221,28 @@ def test_a_loop_of_which_the_clock_knows_nothing_but_the_timesteps(name, forward
         states = list(loop(clock, scheduler_class(), 4, forwards))
         assert [state.call for state in states] == [call for call in range(len(steps)) for _ in range(forwards)]
         assert {state.run for state in states} == {run}
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "pndm-prk"])
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_a_denoiser_that_gets_scaled_timesteps_is_followed_by_the_scheduler(name, forwards):
+    scheduler_class, steps = SCHEDULERS[name]
+    scheduler = scheduler_class()
+    clock = StepClock(scheduler)
+    for _ in range(2):
+        states = list(loop(clock, scheduler, 4, forwards, scale=1 / 7919))
+        assert [(s.call, s.step) for s in states] == [(c, s) for c, s in enumerate(steps) for _ in range(forwards)]
+
+
+def test_an_element_of_the_schedulers_timesteps_is_placed_without_reading_it():
+    scheduler = PNDMScheduler(skip_prk_steps=True)
+    scheduler.set_timesteps(4)
+    schedule = Schedule(scheduler, scheduler.timesteps)
+    assert [schedule.position_of_view(timestep.expand(2)) for timestep in scheduler.timesteps] == [0, 1, 2, 3, 4]
+    assert [schedule.position_of_view(timestep) for timestep in scheduler.timesteps[2:]] == [2, 3, 4]
+    assert schedule.position_of_view(scheduler.timesteps[1].clone()) is None
+    assert schedule.position_of_view(scheduler.timesteps[1:3]) is None
+    assert schedule.position_of_view(17) is None
 
 
 def test_calls_per_step_given_by_hand_names_the_first_branch_at_once():

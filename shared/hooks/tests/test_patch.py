@@ -244,6 +244,7 @@ def test_a_swapped_out_module_follows_a_cast(block, x):
     block.double()
     patch.remove()
     assert torch.equal(block(x.double()), reference(x.double()))
+    assert {tensor.dtype for tensor in block.state_dict().values()} == {torch.float64}
 
 
 def test_a_swapped_out_module_follows_train_mode(block):

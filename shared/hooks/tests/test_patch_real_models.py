@@ -253,13 +253,27 @@ def test_attention_registers_under_a_free_name_and_goes_on_removal():
     assert [set(registry) for registry in _registries()] == before
 
 
+def apply_and_drop():
+    """Run a model whose attention function refers back to it, and let go of both."""
+    from transformers.masking_utils import sdpa_mask
+    from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
+
+    model, call = Language.build()
+    calls = []
+
+    def attention(module, *args, **kwargs):
+        calls.append(type(model))
+        return eager_attention_forward(module, *args, **kwargs)
+
+    Patch("method").set_attention(model, "method", attention, sdpa_mask)
+    run(model, call)
+    assert len(calls) == 2
+    return weakref.ref(model)
+
+
 def test_a_model_dropped_with_its_patch_on_leaves_no_registration():
     before = [set(registry) for registry in _registries()]
-    model, call = Language.build()
-    Language.apply(model, "method", 1)
-    run(model, call)
-    gone = weakref.ref(model)
-    del model
+    gone = apply_and_drop()
     gc.collect()
     assert gone() is None
     assert [set(registry) for registry in _registries()] == before

@@ -229,7 +229,8 @@ class StepClock:
         if position is None:
             position = schedule.position_of_scheduler(None if fresh else self._start)
         if fresh:
-            self._value = None
+            # Only schedulers that do not count their steps are followed by the values alone.
+            self._value = scalar(timestep) if position is None else None
             if position is None:
                 position = schedule.first_position(timestep, getattr(pipeline, "_num_timesteps", None))
             return True, position
