@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pared_kernels
 import pytest
 import torch
-from pared_kernels import best_match
+from pared_kernels import best_match, dispatch
 from pared_kernels.ops.dato_match.cases import draw
 
 BACKENDS = (
     "reference",
     "cpu",
-    pytest.param("triton", marks=pytest.mark.skipif(not pared_kernels.dispatch.has_triton(), reason="no triton")),
+    pytest.param("triton", marks=pytest.mark.skipif(not dispatch.has_triton(), reason="no triton")),
 )
 
 
@@ -90,3 +94,19 @@ def test_wrong_arguments_are_named(change, error, named):
     index = torch.zeros(2, 2, dtype=torch.long)
     with pytest.raises(error, match=named):
         best_match(**({"metric": torch.zeros(2, 4, 3), "query_idx": index, "key_idx": index} | change))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dispatch.has_triton(), reason="no triton")
+def test_gathered_rows_reach_hopper_tensor_cores_by_16_byte_asynchronous_copies():
+    script = """
+from pared_kernels import aot
+from pared_kernels.ops.dato_match.aot import kernels
+specialization = next(s for s in kernels() if s.kernel.fn.__name__ == "best_match_kernel" and "bf16" in s.label)
+print(aot.compile_kernel(specialization, aot.TARGETS["cuda-90"]).asm["ptx"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16" in done.stdout
+    assert "cp.async.cg.shared.global" in done.stdout
+    assert "ld.global.b16" not in done.stdout

@@ -111,3 +111,22 @@ def test_normalisation_makes_the_choice_independent_of_the_scale(generator):
 def test_wrong_arguments_are_named(change, named):
     with pytest.raises(ValueError, match=named):
         dato_score_select(**({"current": torch.zeros(1, 2, 4, 4), "previous": None} | change))
+
+
+def test_public_function_compiles_once_for_all_calls(generator):
+    previous, current = torch.randn(2, 2, 4, 8, 8, generator=generator)
+    graphs = []
+
+    def count(module, inputs):
+        graphs.append(module)
+        return module
+
+    @torch.compile(fullgraph=True, backend=count, dynamic=True)
+    def select(call):
+        return dato_score_select(current, previous, call=call, alpha=3.0)
+
+    chosen = [select(call) for call in range(2, 6)]
+    assert len(graphs) <= 2
+    for call, tokens in enumerate(chosen, start=2):
+        assert tokens.equal(dato_score_select(current, previous, call=call, alpha=3.0))
+    assert not chosen[0].equal(chosen[1])
