@@ -105,9 +105,12 @@ def make_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         (info / "entry_points.txt").write_text(f"[pared.methods]\n{name} = {module}\n")
         return package
 
+    before = dict(sys.modules)
     yield make
     for name in [name for name in sys.modules if name.partition(".")[0] in made]:
         del sys.modules[name]
+    # A fake method may bear the name of a real one that other tests have imported.
+    sys.modules.update({name: module for name, module in before.items() if name not in sys.modules})
 
 
 @pytest.fixture
