@@ -4,52 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from pared_zoo import models
-from pared_zoo.recipes import RECIPES, Recipe, Schedule, recipe
+from pared_zoo import shipped
+from pared_zoo.recipes import RECIPES, recipe
 from pared_zoo.train import run
 
 torch.set_num_threads(1)
 
 
-class Line(Recipe):
-    """A line fitted to noisy points."""
-
-    name = "line"
-    schedules = {"small": Schedule(steps=12, batch_size=8, learning_rate=0.1, warmup=2, ema_decay=0.5)}  # noqa: RUF012
-    interrupt_at: int | None = None
-
-    def build(self):
-        torch.manual_seed(self.seed_of(0))
-        return torch.nn.Linear(3, 1)
-
-    def batch(self, step, rank, size):
-        if step == self.interrupt_at:
-            raise KeyboardInterrupt
-        x = torch.randn(size, 3, generator=torch.Generator().manual_seed(self.seed_of(1, step, rank)))
-        return {"x": x, "y": x.sum(1, keepdim=True)}
-
-    def loss(self, module, batch, generator):
-        noise = 0.01 * torch.randn(batch["y"].shape, generator=generator)
-        return {"loss": (module(batch["x"]) - batch["y"] - noise).square().mean()}
-
-    def save(self, module, folder):
-        torch.save(module.state_dict(), folder / "line.pt")
-
-    def evaluate(self, folder, device, track):
-        weight = torch.load(folder / "line.pt", weights_only=True)["weight"]
-        return {"distance": (weight - 1).abs().max().item()}
-
-    @staticmethod
-    def load(folder):
-        return torch.load(folder / "line.pt", weights_only=True)
-
-
 @pytest.fixture(autouse=True)
 def _line_recipe(monkeypatch):
-    monkeypatch.setitem(RECIPES, "line", (__name__, "Line"))
-    monkeypatch.setattr("pared_zoo.recipes.importlib.import_module", lambda name: __import__("sys").modules[name])
-    monkeypatch.setitem(__import__("sys").modules, __name__, __import__("types").SimpleNamespace(Line=Line))
-    monkeypatch.setattr(Line, "interrupt_at", None)
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.setitem(RECIPES, "line", ("line_recipe", "Line"))
+    monkeypatch.setattr(recipe("line"), "interrupt_at", None)
 
 
 def weights(exported: Path) -> torch.Tensor:
@@ -58,10 +24,10 @@ def weights(exported: Path) -> torch.Tensor:
 
 def test_an_interrupted_run_resumes_to_the_same_weights_as_an_uninterrupted_one(tmp_path, monkeypatch):
     whole = weights(run("line", out=tmp_path / "whole"))
-    monkeypatch.setattr(Line, "interrupt_at", 7)
+    monkeypatch.setattr(recipe("line"), "interrupt_at", 7)
     with pytest.raises(KeyboardInterrupt):
         run("line", out=tmp_path / "cut")
-    monkeypatch.setattr(Line, "interrupt_at", None)
+    monkeypatch.setattr(recipe("line"), "interrupt_at", None)
     resumed = weights(run("line", out=tmp_path / "cut", resume=True))
     assert torch.equal(whole, resumed)
 
@@ -97,34 +63,34 @@ def test_wrong_arguments_name_what_is_valid(tmp_path):
 
 
 def test_shipping_refuses_a_model_that_was_not_measured(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "FOLDER", tmp_path / "weights")
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "weights")
     exported = run("line", out=tmp_path / "line", evaluate=False)
     with pytest.raises(ValueError, match="metrics.json"):
-        models.ship(exported, "line")
+        shipped.ship(exported, "line")
     assert not (tmp_path / "weights" / "line").exists()
 
 
 def test_a_shipped_model_is_found_by_path_and_load(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "FOLDER", tmp_path / "weights")
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "weights")
     exported = run("line", out=tmp_path / "line")
-    models.ship(exported, "line")
-    assert torch.equal(models.load("line")["weight"], weights(exported))
-    assert models.card("line").count("# line") == 1
+    shipped.ship(exported, "line")
+    assert torch.equal(shipped.load("line")["weight"], weights(exported))
+    assert shipped.card("line").count("# line") == 1
 
 
 def test_a_model_without_weights_tells_how_to_train_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "FOLDER", tmp_path / "weights")
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "weights")
     with pytest.raises(FileNotFoundError, match="pared zoo train line"):
-        models.path("line")
+        shipped.path("line")
 
 
 def test_a_failing_export_leaves_the_older_one_and_no_rest(tmp_path):
     target = tmp_path / "export"
-    with models.replace_folder(target) as folder:
+    with shipped.replace_folder(target) as folder:
         (folder / "a").write_text("old")
 
     def fail():
-        with models.replace_folder(target) as folder:
+        with shipped.replace_folder(target) as folder:
             (folder / "a").write_text("new")
             raise OSError("disk full")
 

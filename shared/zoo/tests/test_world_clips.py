@@ -17,6 +17,7 @@ from pared_zoo.world import (
     Program,
     clip_caption,
     detect,
+    render,
     render_clip,
     render_clips,
     sample_clips,
@@ -42,7 +43,8 @@ def test_every_kind_is_drawn(clips):
 
 def test_frames_differ_exactly_where_the_clip_says_so(clips):
     for clip in clips[:40]:
-        video = render_clip(clip, 64).astype(int)
+        video = render(clip.scenes, 64).astype(int)
+        assert np.array_equal(render_clip(clip, 64), video)
         differs = np.abs(np.diff(video, axis=0)).max(axis=(1, 2, 3)) > 0
         assert not clip.changed[0]
         assert np.array_equal(differs, clip.changed[1:])
@@ -153,6 +155,13 @@ def test_a_program_written_by_hand_moves_as_it_says():
     assert clip.centres[:, 0, 0] == pytest.approx([0.3, 0.3, 0.3, 0.4, 0.5, 0.6, 0.7, 0.7])
     assert clip.still_spans == ((0, 3), (6, 8))
     assert clip.speed[:, 0] == pytest.approx([0, 0, 0, 0.1, 0.1, 0.1, 0.1, 0])
+
+
+def test_an_object_that_does_not_show_has_no_speed():
+    obj = Object("circle", "red", "small", "plain", 0.3, 0.5, 0.11)
+    clip = Clip((obj,), (Program((Move(0, 7, "right", 0.05),), appears=3, vanishes=6),), "gray", "fast", 8)
+    assert clip.speed[:, 0] == pytest.approx([0, 0, 0, 0, 0.05, 0.05, 0, 0])
+    assert clip.still_spans == ((0, 3), (6, 8))
 
 
 def test_captions_name_the_direction_of_every_move(clips):

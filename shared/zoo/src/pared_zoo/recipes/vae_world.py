@@ -12,7 +12,7 @@ from pared_zoo.recipes.base import Batch, Recipe, Schedule, Track
 from pared_zoo.world import SceneDistribution, render, sample_scenes
 
 RESOLUTION = 64
-PHOTO_SHARE = 0.2
+PHOTO_SHARE = 0.125
 KL_WEIGHT = 1e-4
 EDGE_WEIGHT = 0.1
 EVALUATION_PICTURES = 500
@@ -26,7 +26,7 @@ class VaeWorld(Recipe):
 
     name = "vae-world"
     schedules: ClassVar = {
-        "small": Schedule(steps=1500, batch_size=16, learning_rate=2e-3, ema_decay=0.995),
+        "small": Schedule(steps=4000, batch_size=16, learning_rate=2e-3, ema_decay=0.995),
         "base": Schedule(steps=30000, batch_size=128, learning_rate=1e-3),
     }
 

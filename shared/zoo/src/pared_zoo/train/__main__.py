@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pared_zoo.models import models, ship
+from pared_zoo.shipped import models, ship
 from pared_zoo.train.loop import run
 
 

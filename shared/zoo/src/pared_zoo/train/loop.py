@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pared_zoo.models import replace_folder
+from pared_zoo.shipped import replace_folder
 from pared_zoo.recipes import Batch, Recipe, Schedule, recipe
 from pared_zoo.train.card import write_card
 from pared_zoo.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -54,7 +54,6 @@ def run(
         seed: initialisation and data.
         steps: optimizer steps; default is that of the recipe's schedule.
         evaluate: measure the exported model and write its card's numbers to ``export/metrics.json``.
-
         compile: run the module's forward through ``torch.compile``; pays off after some hundred steps.
 
     Returns:
@@ -80,7 +79,7 @@ def run(
             f"out={str(folder)!r} holds checkpoints of an earlier run; pass resume=True or another folder"
         )
 
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    accelerator = Accelerator(mixed_precision="bf16" if _has_bfloat16() else "no")
     set_seed(recipe_.seed_of(3))
     with accelerator.main_process_first():
         recipe_.prepare(folder, accelerator.device, _track(accelerator))
@@ -149,6 +148,11 @@ def measure(recipe_: Recipe, exported: Path, device: torch.device, track: Any) -
     temporary.replace(exported / "metrics.json")
     write_card(exported, recipe_)
     return metrics
+
+
+def _has_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 faster than float32."""
+    return torch.cuda.is_available() or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def _rate(step: int, schedule: Schedule, total: int) -> float:

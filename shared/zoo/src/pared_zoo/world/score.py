@@ -68,4 +68,4 @@ def judge(detection: Detection, scene: Scene) -> dict[str, list[bool]]:
 
 
 def _agreement(expected: Object, found: DetectedObject | None) -> int:
-    return -1 if found is None else sum(a == b for a, b in zip(expected.words, found.words, strict=True))
+    return 0 if found is None else sum(a == b for a, b in zip(expected.words, found.words, strict=True))
