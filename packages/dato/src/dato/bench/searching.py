@@ -1,0 +1,86 @@
+"""Section 10.3: a search on the zoo's model, against the shipped presets and against random search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from pared_bench import BenchContext, Record
+
+from dato.bench.arms import STEPS, costs_of
+from dato.bench.quality import PRUNING
+from dato.config import DaToConfig
+from dato.costs import UnitCosts
+from dato.fidelity import FidelityEvaluator
+from dato.functional import FULL
+from dato.policy import PRESET_CALLS, Policy, preset_names
+from dato.search import SearchResult, hypervolume, search
+from dato.variation import SearchSpace
+
+POPULATION, GENERATIONS, PROMPTS = 12, 12, 8
+RATIOS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7)
+
+
+def run(context: BenchContext, pipe: Any) -> tuple[list[Record], list[Policy]]:
+    """Search, measure the fronts by hypervolume, and return the best policies at the cost of each preset."""
+    from pared_zoo.recipes.sd_world import GUIDANCE_SCALE
+    from pared_zoo.world import caption, sample_scenes
+
+    costs = costs_of(pipe, 1, DaToConfig())
+    texts = [caption(scene) for scene in sample_scenes(PROMPTS, 40_000 + context.seed)]
+    evaluate = FidelityEvaluator(
+        pipe, texts, seed=context.seed, num_inference_steps=STEPS, guidance_scale=GUIDANCE_SCALE
+    )
+    presets = [Policy.from_preset(name).with_ratio(PRUNING) for name in preset_names()]
+    progress = iter(context.track(range(GENERATIONS), "search"))
+    result = search(
+        evaluate,
+        num_calls=PRESET_CALLS,
+        depths=(0, 1, FULL),
+        ratios=RATIOS,
+        unit_costs=costs,
+        population=POPULATION,
+        generations=GENERATIONS,
+        seed=context.seed,
+        init=presets,
+        callback=lambda generation: next(progress, None),
+        checkpoint=Path(context.out) / "dato-search.json",
+    )
+    random_points = _random_search(context, evaluate, costs, POPULATION * GENERATIONS)
+    points = [(-quality, cost / costs.full) for _, quality, cost in result.front]
+    preset_points = [(-evaluate(policy), policy.cost(costs) / costs.full) for policy in presets]
+    reference = (0.0, float(PRESET_CALLS))
+    areas = {
+        "search": hypervolume(points, reference),
+        "random search": hypervolume(random_points, reference),
+        "presets": hypervolume(preset_points, reference),
+    }
+    settings = {
+        "experiment": "search",
+        "model": "sd-world",
+        "prompts": PROMPTS,
+        "evaluations": POPULATION * GENERATIONS,
+        "steps": STEPS,
+    }
+    records = [Record("dato", name, "hypervolume", area, "dB calls", settings) for name, area in areas.items()]
+    dominated = sum(any(p[0] <= q[0] and p[1] <= q[1] for p in points) for q in preset_points)
+    records.append(Record("dato", "search", "presets matched or dominated", dominated, "", settings))
+    return records, _at_cost(result, [policy.cost(costs) for policy in presets])
+
+
+def _random_search(
+    context: BenchContext, evaluate: FidelityEvaluator, costs: UnitCosts, evaluations: int
+) -> list[tuple[float, float]]:
+    space, rng = SearchSpace(PRESET_CALLS, (0, 1, FULL), RATIOS), Random(context.seed + 1)
+    points = []
+    for _ in context.track(range(evaluations), "random search"):
+        policy = space.decode(space.random(rng))
+        points.append((-evaluate(policy), policy.cost(costs) / costs.full))
+    return points
+
+
+def _at_cost(result: SearchResult, targets: list[float]) -> list[Policy]:
+    """The best policy found at each target cost, without repetition."""
+    cheapest = min(cost for _, _, cost in result.front)
+    return list(dict.fromkeys(result.best(max(target, cheapest)) for target in targets))
