@@ -53,7 +53,7 @@ def forbidden_arrows(one: Member, path: Path, source: str, everybody: list[Membe
     """Return a sentence for each import of a file that DESIGN's arrows do not allow."""
     packages = {other.module for other in everybody if other.is_package}
     inside = path.relative_to(one.path / "src" / one.module)
-    is_demo = one.is_package and inside.parts[0] in DEMO_FILES | {"cli"}
+    is_demo = one.is_package and inside.parts[0] in DEMO_FILES | {"cli", "bench"}
     found = []
     for module, at_import in imports(ast.parse(source, str(path))):
         reason = None
