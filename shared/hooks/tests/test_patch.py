@@ -78,6 +78,15 @@ def test_the_newest_wrapper_is_outermost(block, x):
     assert torch.equal(block(x), 2 * (plain + 1))
 
 
+def test_the_same_wrapper_of_two_patches_comes_off_where_it_was_put(block, x):
+    plain = block(x)
+    patches = [Patch(name) for name in "abc"]
+    for patch, wrapper in zip(patches, (add_one, double, add_one), strict=True):
+        patch.wrap_forward(block, wrapper)
+    patches[2].remove()
+    assert torch.equal(block(x), 2 * (plain + 1))
+
+
 def test_a_wrapped_forward_keeps_its_signature(block):
     before = inspect.signature(block.forward)
     Patch("a").wrap_forward(block, double)
@@ -247,11 +256,29 @@ def test_a_swapped_out_module_follows_a_cast(block, x):
     assert {tensor.dtype for tensor in block.state_dict().values()} == {torch.float64}
 
 
+def test_a_cast_also_reaches_what_another_patch_covers_later(block):
+    below, above = Patch("a"), Patch("b")
+    below.set_attribute(block, "shift", torch.ones(4))
+    below.set_attribute(block, "extra", nn.Parameter(torch.ones(4)))
+    block.double()
+    above.set_attribute(block, "shift", torch.zeros(4, dtype=torch.float64))
+    above.set_attribute(block, "extra", nn.Parameter(torch.zeros(4, dtype=torch.float64)))
+    block.half()
+    above.remove()
+    assert (block.shift.dtype, block.extra.dtype) == (torch.float16, torch.float16)
+    assert block.shift.eq(1).all()
+
+
 def test_a_swapped_out_module_follows_train_mode(block):
-    patch = Patch("a")
-    patch.swap_module(block, "middle", nn.Identity())
+    original = block.middle
+    below, above = Patch("a"), Patch("b")
+    below.swap_module(block, "middle", nn.Dropout(0.1).eval())
+    above.swap_module(block, "middle", nn.Identity())
     block.train()
-    patch.remove()
+    above.remove()
+    assert block.middle.training
+    below.remove()
+    assert block.middle is original
     assert block.middle.training
 
 
@@ -263,6 +290,7 @@ def test_a_deep_copy_of_a_patched_module_is_unpatched(block, x):
     assert [entry[:2] for entry in anatomy(clone)[:-1]] == before
     assert not {"_pared", "forward", "__getstate__", "_apply"} & set(clone.__dict__)
     assert clone.first.weight is not block.first.weight
+    assert clone._is_full_backward_hook is None
 
 
 def test_a_pickled_patched_module_is_unpatched(block, x):
@@ -300,6 +328,30 @@ def test_set_attribute_refuses_a_submodule(block):
         Patch("a").set_attribute(block, "last", nn.Identity())
 
 
+def test_set_attribute_refuses_the_forward(block):
+    with pytest.raises(ParedError, match="use wrap_forward"):
+        Patch("a").set_attribute(block, "forward", double)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda patch, block: patch.wrap_forward(block, 3), "wrapper = 3"),
+        (lambda patch, block: patch.wrap_forward("block", double), "module = 'block'"),
+        (lambda patch, block: patch.wrap_method(block, "forwards", double), "name = 'forwards'"),
+        (lambda patch, block: patch.wrap_method(block, "scale", double), "name = 'scale'"),
+        (lambda patch, block: patch.add_hook(block, "forward", None), "hook = None"),
+        (lambda patch, block: patch.claim(None, "site"), "module = None"),
+        (lambda patch, block: patch.swap_module(block, "last", double), "new = "),
+    ],
+)
+def test_a_wrong_argument_is_named_and_leaves_no_trace(block, change, named):
+    before = anatomy(block)
+    with pytest.raises(ParedError, match=named):
+        change(Patch("a"), block)
+    assert anatomy(block) == before
+
+
 def test_an_unknown_hook_kind_lists_the_valid_ones(block):
     with pytest.raises(ParedError, match="one of forward_pre, forward"):
         Patch("a").add_hook(block, "before", double)
@@ -320,3 +372,59 @@ def test_a_method_of_a_plain_object_is_replaced_and_comes_back():
     second.remove()
     assert scheduler.step() == 1
     assert scheduler.__dict__ == {}
+
+
+class Sampler:
+    """A stand-in for a scheduler: `step` is a method that several methods want to see."""
+
+    def step(self, sample, eta=0.0):
+        return sample + eta
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_wrappers_of_a_method_stack_and_come_off_in_any_order(order):
+    sampler, wrappers = Sampler(), (add_one, double, add_one)
+    signature = inspect.signature(sampler.step)
+    patches = [Patch(name) for name in "abc"]
+    for patch, wrapper in zip(patches, wrappers, strict=True):
+        patch.wrap_method(sampler, "step", wrapper)
+    assert inspect.signature(sampler.step) == signature
+    assert sampler.step(3, eta=1) == 11
+    assert copy.deepcopy(sampler).step(3, eta=1) == 4
+    left = [0, 1, 2]
+    for index in order:
+        patches[index].remove()
+        left.remove(index)
+        expected = 4
+        for position in left:
+            expected = wrappers[position](lambda value=expected: value)
+        assert sampler.step(3, eta=1) == expected
+    assert sampler.__dict__ == {}
+
+
+def test_a_wrapped_method_that_somebody_kept_is_the_plain_one_after_removal():
+    sampler, patch = Sampler(), Patch("a")
+    patch.wrap_method(sampler, "step", double)
+    kept = sampler.step
+    patch.remove()
+    assert kept(3) == 3
+
+
+def test_a_wrapper_of_a_method_sees_an_attribute_that_was_laid_below_come_and_go():
+    sampler, below, above = Sampler(), Patch("a"), Patch("b")
+    below.set_attribute(sampler, "step", lambda sample: 100)
+    above.wrap_method(sampler, "step", double)
+    assert sampler.step(3) == 200
+    below.remove()
+    assert sampler.step(3) == 6
+
+
+def test_a_method_of_a_module_is_wrapped_like_its_forward(block, x):
+    plain = block(x)
+    patch = Patch("a")
+    patch.wrap_method(block, "forward", double)
+    patch.wrap_method(block, "extra_repr", lambda method: f"patched {method()}")
+    assert torch.equal(block(x), 2 * plain)
+    assert block.extra_repr() == "patched "
+    patch.remove()
+    assert not {"forward", "extra_repr"} & set(block.__dict__)

@@ -16,10 +16,14 @@ class Model(nn.Module):
         super().__init__()
         self.inner = nn.Linear(3, 3)
         self.outer = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+        self.register_buffer("shift", torch.ones(3))
         self.gain = 1.0
 
     def forward(self, x):
-        return self.outer(self.inner(x)) * self.gain
+        return self.finish(self.outer(self.inner(x)) * self.gain + self.shift)
+
+    def finish(self, y):
+        return y * 3
 
 
 def wrap(patch, model, value):
@@ -28,6 +32,22 @@ def wrap(patch, model, value):
 
 def wrap_outer(patch, model, value):
     patch.wrap_forward(model, lambda forward, x: forward(x) * value)
+
+
+def triple(forward, x):
+    return forward(x) * 3
+
+
+def wrap_with_a_shared_function(patch, model, value):
+    patch.wrap_forward(model.inner, triple)
+
+
+def wrap_method(patch, model, value):
+    patch.wrap_method(model, "finish", lambda method, y: method(y) - value)
+
+
+def buffer(patch, model, value):
+    patch.set_attribute(model, "shift", torch.full((3,), float(value)))
 
 
 def attribute(patch, model, value):
@@ -61,7 +81,19 @@ def model_hook(patch, model, value):
     patch.add_model_hook(model.inner, Replace(), f"{patch.owner}.{value}.{id(patch)}")
 
 
-CHANGES = [wrap, wrap_outer, attribute, swap, hook, parameter, no_bias, model_hook]
+CHANGES = [
+    wrap,
+    wrap_outer,
+    wrap_with_a_shared_function,
+    wrap_method,
+    attribute,
+    swap,
+    hook,
+    parameter,
+    no_bias,
+    buffer,
+    model_hook,
+]
 steps = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(CHANGES), st.integers(1, 9)), max_size=8)
 
 

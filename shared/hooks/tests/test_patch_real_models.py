@@ -396,6 +396,29 @@ def test_a_processor_with_weights_comes_back_in_its_place():
     assert isinstance(attention.processor, Learned)
 
 
+def test_a_wrapped_scheduler_step_changes_the_run_and_comes_off():
+    from diffusers import DDIMScheduler
+
+    def generate():
+        torch.manual_seed(0)
+        return tiny.run_stable_diffusion(pipeline, steps=2)
+
+    def shorten(step, output, timestep, sample, **kwargs):
+        # `eta` arrives only if the pipeline still finds it in the signature.
+        seen.append(kwargs["eta"])
+        return (step(output, timestep, sample, **kwargs)[0] / 2,)
+
+    pipeline, seen = tiny.stable_diffusion(DDIMScheduler()), []
+    before, plain = set(pipeline.scheduler.__dict__), generate()
+    patch = Patch("a")
+    patch.wrap_method(pipeline.scheduler, "step", shorten)
+    assert not torch.equal(generate(), plain)
+    assert seen == [0.0, 0.0]
+    patch.remove()
+    assert torch.equal(generate(), plain)
+    assert set(pipeline.scheduler.__dict__) == before
+
+
 # torch.compile
 
 

@@ -8,6 +8,7 @@ A patched object carries one `_pared` entry in its `__dict__`, a `Record`, and t
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 MISSING: Any = object()
+_TENSORS = ("_parameters", "_buffers")
 RECORD = "_pared"
 
 
@@ -30,12 +32,23 @@ class Claim:
     patch: object
 
 
+@dataclass(eq=False)
+class Layer:
+    """A value laid over an attribute, or a wrapper over a method; compared by identity, so that twins stay apart.
+
+    `training` is the mode of the target when the next layer covered this one.
+    """
+
+    value: Any
+    training: bool | None = None
+
+
 class ForwardChain:
     """The wrappers around one `forward`; `run` is what is installed in place of `base`."""
 
     def __init__(self, base: Callable[..., Any]) -> None:
         self.base = base
-        self.wrappers: list[Callable[..., Any]] = []
+        self.wrappers: list[Layer] = []
         self.top = base
         # Wrapped so that `inspect.signature(model.forward)`, which pipelines and `generate` read, stays the true one.
         self.run = functools.update_wrapper(functools.partial(_run_chain, self), base)
@@ -43,16 +56,11 @@ class ForwardChain:
     def compose(self) -> None:
         self.top = self.base
         for wrapper in self.wrappers:
-            self.top = functools.partial(wrapper, self.top)
+            self.top = functools.partial(wrapper.value, self.top)
 
 
 def _run_chain(chain: ForwardChain, *args: Any, **kwargs: Any) -> Any:
     return chain.top(*args, **kwargs)
-
-
-@dataclass(eq=False)
-class Layer:
-    value: Any
 
 
 class Slot:
@@ -61,10 +69,15 @@ class Slot:
     def __init__(self, target: Any, name: str) -> None:
         self.target = target
         self.name = name
-        self.store, self.base = self._find()
+        self.store, base = self._find()
         self.order = list(getattr(target, self.store)) if self.store.startswith("_") else []
-        self.training = target.training if isinstance(target, nn.Module) else None
+        self.bottom = Layer(base)
         self.layers: list[Layer] = []
+
+    @property
+    def base(self) -> Any:
+        """The original value; `MISSING` when the object itself had none."""
+        return self.bottom.value
 
     def _find(self) -> tuple[str, Any]:
         if isinstance(self.target, nn.Module):
@@ -77,11 +90,10 @@ class Slot:
             return "property", getattr(self.target, self.name)
         return "absent", MISSING
 
-    def push(self, value: Any) -> Layer:
-        self._write(value)
-        layer = Layer(value)
+    def push(self, layer: Layer) -> None:
+        self._cover(self.layers[-1] if self.layers else self.bottom)
+        self._write(layer.value)
         self.layers.append(layer)
-        return layer
 
     def pop(self, layer: Layer) -> None:
         was_top = self.layers[-1] is layer
@@ -89,8 +101,33 @@ class Slot:
         if self.layers:
             if was_top:
                 self._write(self.layers[-1].value)
+                self._catch_up(self.layers[-1])
         else:
             self._restore()
+
+    def below(self, layer: Layer) -> Any:
+        """Value that `layer` covers; the original one for a layer that has been taken off."""
+        index = self.layers.index(layer) if layer in self.layers else 0
+        if index:
+            return self.layers[index - 1].value
+        if self.base is not MISSING:
+            return self.base
+        function = inspect.getattr_static(type(self.target), self.name)
+        return function.__get__(self.target, type(self.target))
+
+    def _cover(self, layer: Layer) -> None:
+        if not isinstance(self.target, nn.Module):
+            return
+        layer.training = self.target.training
+        # A cast puts new tensors into the place of buffers.
+        live = getattr(self.target, self.store).get(self.name) if self.store in _TENSORS else None
+        if isinstance(live, torch.Tensor):
+            layer.value = live
+
+    def _catch_up(self, layer: Layer) -> None:
+        """Tell a module that was swapped out of the `train()` and `eval()` calls it missed."""
+        if isinstance(layer.value, nn.Module) and self.target.training != layer.training:
+            layer.value.train(self.target.training)
 
     def _write(self, value: Any) -> None:
         if not isinstance(self.target, nn.Module) or self.store == "property":
@@ -127,25 +164,15 @@ class Slot:
                 delattr(self.target, self.name)
             return
         self._write(self.base)
-        # A swapped-out module missed the train() and eval() calls made meanwhile.
-        if isinstance(self.base, nn.Module) and self.target.training != self.training:
-            self.base.train(self.target.training)
+        self._catch_up(self.bottom)
 
-    def hidden(self) -> list[Any]:
-        """Modules and tensors that `nn.Module._apply` of the target no longer reaches."""
-        if self.store not in ("_modules", "_parameters", "_buffers") or not self.layers:
-            return []
+    def hidden(self) -> list[Layer]:
+        """Layers with modules and tensors that `nn.Module._apply` of the target no longer reaches."""
         shown = self.layers[-1].value
         reached = set(map(id, shown.modules())) if isinstance(shown, nn.Module) else {id(shown)}
-        candidates = [self.base, *(layer.value for layer in self.layers[:-1])]
-        return [value for value in candidates if value is not None and id(value) not in reached]
-
-    def replace_hidden(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        if self.base is old:
-            self.base = new
-        for layer in self.layers[:-1]:
-            if layer.value is old:
-                layer.value = new
+        kinds = (nn.Module, torch.Tensor) if self.store == "_buffers" else (nn.Module, nn.Parameter)
+        covered = [self.bottom, *self.layers[:-1]]
+        return [layer for layer in covered if isinstance(layer.value, kinds) and id(layer.value) not in reached]
 
 
 def _reorder(values: dict[str, Any], order: list[str]) -> None:
@@ -207,7 +234,7 @@ class Record:
         if not self.chains and not self.model_hooks:
             self.original_forward = self.target.__dict__.get("forward", MISSING)
 
-    def wrap_forward(self, wrapper: Callable[..., Any]) -> ForwardChain:
+    def wrap_forward(self, wrapper: Layer) -> ForwardChain:
         self.remember_forward()
         current = self.target.__dict__.get("forward")
         if not self.chains or self.chains[-1].run is not current:
@@ -218,9 +245,8 @@ class Record:
         chain.compose()
         return chain
 
-    def unwrap_forward(self, chain: ForwardChain, wrapper: Callable[..., Any]) -> None:
-        index = next(i for i, candidate in enumerate(chain.wrappers) if candidate is wrapper)
-        del chain.wrappers[index]
+    def unwrap_forward(self, chain: ForwardChain, wrapper: Layer) -> None:
+        chain.wrappers.remove(wrapper)
         chain.compose()
         if not chain.wrappers:
             self.chains.remove(chain)
@@ -253,18 +279,34 @@ class Record:
             del attributes["forward"]
 
     def push(self, target: Any, name: str, value: Any) -> tuple[Slot, Layer]:
-        key = (id(target), name)
-        slot = self.slots.get(key)
-        if slot is None:
-            slot = Slot(target, name)
-        layer = slot.push(value)
-        self.slots[key] = slot
+        slot, layer = self._slot(target, name), Layer(value)
+        slot.push(layer)
+        self.slots[(id(target), name)] = slot
         return slot, layer
+
+    def push_wrapper(self, target: Any, name: str, wrapper: Callable[..., Any]) -> tuple[Slot, Layer]:
+        """Lay `wrapper` over a method; what it wraps is looked up at every call, so that layers come off in any order.
+
+        The signature stays the true one, which pipelines read of `scheduler.step`.
+        """
+        slot, layer = self._slot(target, name), Layer(None)
+        run = functools.partial(_run_wrapper, slot, layer, wrapper)
+        layer.value = functools.update_wrapper(run, getattr(target, name))
+        slot.push(layer)
+        self.slots[(id(target), name)] = slot
+        return slot, layer
+
+    def _slot(self, target: Any, name: str) -> Slot:
+        return self.slots.get((id(target), name)) or Slot(target, name)
 
     def pop(self, slot: Slot, layer: Layer) -> None:
         slot.pop(layer)
         if not slot.layers:
             del self.slots[(id(slot.target), slot.name)]
+
+
+def _run_wrapper(slot: Slot, layer: Layer, wrapper: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return wrapper(slot.below(layer), *args, **kwargs) if layer in slot.layers else slot.below(layer)(*args, **kwargs)
 
 
 def _skip_empty(forward: Any) -> Any:
@@ -294,6 +336,8 @@ def _unpatched_state(target: Any) -> dict[str, Any]:
     for name, value in list(state.items()):
         if "hook" in name and isinstance(value, dict) and any(key in value for key in record.hook_ids):
             state[name] = type(value)((key, hook) for key, hook in value.items() if key not in record.hook_ids)
+    if record.hook_ids and not state["_backward_hooks"]:
+        state["_is_full_backward_hook"] = record.full_backward
     for slot in record.slots.values():
         if slot.target is target:
             _unpatch_slot(state, slot)
@@ -319,14 +363,14 @@ def _apply_to_all(target: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor],
     type(target)._apply(target, fn, recurse)
     record = Record.find(target)
     for slot in list(record.slots.values()) if record is not None else ():
-        for value in slot.hidden():
-            if isinstance(value, nn.Module):
+        for layer in slot.hidden():
+            if isinstance(layer.value, nn.Module):
                 if recurse:
-                    value._apply(fn)
-            elif isinstance(value, nn.Parameter):
+                    layer.value._apply(fn)
+            elif isinstance(layer.value, nn.Parameter):
                 with torch.no_grad():
-                    value.data = fn(value.data)
-            elif isinstance(value, torch.Tensor):
+                    layer.value.data = fn(layer.value.data)
+            else:
                 # A buffer is replaced by `_apply`, not changed in place.
-                slot.replace_hidden(value, fn(value))
+                layer.value = fn(layer.value)
     return target

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from pared_hooks import _attention, _model_hooks
-from pared_hooks._record import Claim, Record
+from pared_hooks._record import Claim, Layer, Record, Slot
 from pared_hooks.errors import AlreadyAppliedError, ConflictError, ParedError
 
 _TORCH_HOOKS = {
@@ -60,6 +60,7 @@ class Patch:
         both owners when another method does and one of the two wants it alone.
         """
         self._check_open()
+        _require_module("module", module)
         record = Record.find(module)
         for claim in record.claims if record is not None else ():
             if claim.site != site or claim.patch is self:
@@ -79,9 +80,27 @@ class Patch:
     def wrap_forward(self, module: nn.Module, wrapper: Callable[..., Any]) -> None:
         """Call `wrapper(original_forward, *args, **kwargs)` in place of `module.forward`; the newest is outermost."""
         self._check_open()
-        record = Record.of(module)
-        chain = record.wrap_forward(wrapper)
-        self._on_undo(record, lambda: record.unwrap_forward(chain, wrapper))
+        _require_module("module", module)
+        _require_callable("wrapper", wrapper)
+        record, layer = Record.of(module), Layer(wrapper)
+        chain = record.wrap_forward(layer)
+        self._on_undo(record, lambda: record.unwrap_forward(chain, layer))
+
+    def wrap_method(self, target: Any, name: str, wrapper: Callable[..., Any]) -> None:
+        """Call `wrapper(original_method, *args, **kwargs)` in place of `target.name`; the newest is outermost.
+
+        `target` is a module or any other object with a `__dict__`, such as a scheduler (`step`) or a VAE (`decode`).
+        Raises `ParedError` when it has no such method.
+        """
+        self._check_open()
+        if name == "forward" and isinstance(target, nn.Module):
+            self.wrap_forward(target, wrapper)
+            return
+        _require_callable("wrapper", wrapper)
+        known = hasattr(type(target), name) or name in getattr(target, "__dict__", {})
+        if not known or not callable(getattr(target, name)):
+            raise ParedError(f"name = {name!r} is not valid: a method of {type(target).__name__}")
+        self._lay(target, name, wrapper, push=Record.push_wrapper)
 
     def set_attribute(self, target: Any, name: str, value: Any, *, keeper: nn.Module | None = None) -> None:
         """Set an attribute, parameter or buffer; of several patches that set the same one, the last still applied wins.
@@ -92,6 +111,8 @@ class Patch:
         self._check_open()
         if isinstance(target, nn.Module) and (name in target._modules or isinstance(value, nn.Module)):
             raise ParedError(f"{name!r} of {type(target).__name__} is a submodule: use swap_module or add_module")
+        if isinstance(target, nn.Module) and name == "forward":
+            raise ParedError(f"{name!r} of {type(target).__name__} is not set but wrapped: use wrap_forward")
         self._lay(target, name, value, keeper)
 
     def swap_module(self, parent: nn.Module, name: str, new: nn.Module) -> None:
@@ -134,6 +155,8 @@ class Patch:
         `with_kwargs` (forward hooks) also hands the hook the keyword arguments; `prepend` runs it before the others.
         """
         self._check_open()
+        _require_module("module", module)
+        _require_callable("hook", hook)
         if kind not in _TORCH_HOOKS:
             raise ParedError(f"kind = {kind!r} is not valid: one of {', '.join(_TORCH_HOOKS)}")
         options: dict[str, bool] = {}
@@ -164,6 +187,7 @@ class Patch:
         finds it. Raises `ParedError` when the module already has a hook of this name.
         """
         self._check_open()
+        _require_module("module", module)
         record = Record.of(module)
         try:
             installed = _model_hooks.install(record, hook, name, root)
@@ -200,12 +224,19 @@ class Patch:
         self.removed = True
         self._unwind(0)
 
-    def _lay(self, target: Any, name: str, value: Any, keeper: nn.Module | None = None) -> None:
+    def _lay(
+        self,
+        target: Any,
+        name: str,
+        value: Any,
+        keeper: nn.Module | None = None,
+        push: Callable[[Record, Any, str, Any], tuple[Slot, Layer]] = Record.push,
+    ) -> None:
         if keeper is None and (hasattr(target, "to_dict") or not hasattr(target, "__dict__")):
             raise ParedError(f"{type(target).__name__} cannot remember the change itself: pass keeper=<its model>")
         record = Record.of(keeper if keeper is not None else target)
         try:
-            slot, layer = record.push(target, name, value)
+            slot, layer = push(record, target, name, value)
         except BaseException:
             record.release()
             raise
@@ -239,3 +270,8 @@ class Patch:
 def _require_module(name: str, value: object) -> None:
     if not isinstance(value, nn.Module):
         raise ParedError(f"{name} = {value!r} is not valid: an nn.Module")
+
+
+def _require_callable(name: str, value: object) -> None:
+    if not callable(value):
+        raise ParedError(f"{name} = {value!r} is not valid: something to call")
