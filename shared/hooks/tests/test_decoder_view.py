@@ -16,7 +16,18 @@ _spec.loader.exec_module(tiny)
 
 DECODERS = tiny.decoders()
 FAMILY = {"llava-onevision": "qwen2", "internvl": "qwen2"}
-MULTIMODAL = {"llava-onevision": True, "internvl": True, "qwen2_5_vl": False, "qwen3_vl": False}  # own projector?
+MULTIMODAL = {  # own projector?
+    "llava-onevision": True,
+    "internvl": True,
+    "qwen2_5_vl": False,
+    "qwen3_vl": False,
+    "gemma3-vl": True,
+    "smolvlm": True,
+    "llava-next-video": True,
+    "video-llama3": True,
+    "qwen2_vl": False,
+}
+MORE = tiny.more_decoders()
 
 
 @pytest.fixture(params=list(DECODERS))
@@ -42,8 +53,14 @@ def test_the_view_names_family_sizes_and_parts(case):
     assert view.attention == tuple(layer.attention for layer in view.layers)
 
 
-def test_a_vision_tower_is_found_and_projected(case):
-    name, _, view = case
+@pytest.fixture(params=[*DECODERS, *MORE])
+def any_case(request):
+    model = (DECODERS.get(request.param) or MORE[request.param][0])()
+    return request.param, model, DecoderView.of(model)
+
+
+def test_a_vision_tower_is_found_and_projected(any_case):
+    name, _, view = any_case
     assert (view.vision is not None) == (name in MULTIMODAL)
     assert (view.projector is not None) == MULTIMODAL.get(name, False)
 
@@ -94,6 +111,60 @@ def _layer(view, layer, hidden, positions):
     hidden = hidden + after(output)
     mlp = layer.norms.get("after_mlp", nn.Identity())
     return hidden + mlp(layer.mlp(layer.norms["mlp"](hidden)))
+
+
+ORDER = (  # within a layer; what a family lacks is left out
+    ("norm", "attention"),
+    ("projection", "query"),
+    ("projection", "qkv"),
+    ("norm", "query"),
+    ("projection", "output"),
+    ("norm", "after_attention"),
+    ("norm", "mlp"),
+    ("mlp", "gate_up"),
+    ("mlp", "gate"),
+    ("mlp", "down"),
+    ("norm", "after_mlp"),
+)
+
+
+def test_the_parts_run_in_the_order_of_their_roles(any_case):
+    name, model, view = any_case
+    assert view.family == (MORE[name][1] if name in MORE else FAMILY.get(name, name))
+    ran, handles = [], []
+
+    def watch(part, key):
+        handles.append(part.register_forward_hook(lambda module, args, output: ran.append((*key, output))))
+
+    watch(view.embed, ("embed", ""))
+    watch(view.norm, ("last norm", ""))
+    watch(view.head, ("head", ""))
+    for layer in view.layers:
+        for kind, parts in (("norm", layer.norms), ("projection", layer.projections), ("mlp", layer.mlp_projections)):
+            for role, part in parts.items():
+                watch(part, (kind, role))
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 10)[None])
+    for handle in handles:
+        handle.remove()
+    expected = [("embed", "")]
+    for layer in view.layers:
+        listed = {("norm", role) for role in layer.norms} | {("projection", role) for role in layer.projections}
+        listed |= {("mlp", role) for role in layer.mlp_projections}
+        expected += [key for key in ORDER if key in listed]
+    expected += [("last norm", ""), ("head", "")]
+    assert [(kind, role) for kind, role, _ in ran if (kind, role) in expected] == expected
+    widths = {"query": view.num_heads, "key": view.num_key_value_heads, "value": view.num_key_value_heads}
+    widths["qkv"] = sum(widths.values())
+    for kind, role, output in ran:
+        if kind == "projection":
+            heads = widths.get(role)
+            assert output.shape[-1] == (heads * view.head_dim if heads else view.hidden_size)
+
+
+def test_a_mixture_of_experts_has_no_single_gate_up_and_down():
+    view = DecoderView.of(MORE["qwen3_moe"][0]())
+    assert [sorted(layer.mlp_projections) for layer in view.layers] == [[], ["down", "gate", "up"]]
 
 
 def test_sliding_layers_know_their_window():

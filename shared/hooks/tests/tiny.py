@@ -402,6 +402,27 @@ def decoders():
     }
 
 
+def more_decoders():
+    """Name of further models -> function that builds the model, family that reads it."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [1]}
+    return {
+        "qwen3_moe": (lambda: _language_model("Qwen3Moe", head_dim=16, **experts), "qwen3"),
+        "ministral3": (lambda: _language_model("Ministral3", head_dim=16), "mistral"),
+        "gemma2": (lambda: _language_model("Gemma2", head_dim=16), "gemma2"),
+        "smollm3": (lambda: _language_model("SmolLM3"), "smollm3"),
+        "granite": (lambda: _language_model("Granite"), "granite"),
+        "gpt_oss": (lambda: _language_model("GptOss", head_dim=16, num_local_experts=4), "gpt_oss"),
+        "olmo2": (lambda: _language_model("Olmo2"), "olmo"),
+        "olmo3": (lambda: _language_model("Olmo3"), "olmo"),
+        "phi3": (lambda: _language_model("Phi3"), "phi3"),
+        "gemma3-vl": (gemma3_vl, "gemma3"),
+        "smolvlm": (smolvlm, "llama"),
+        "llava-next-video": (llava_next_video, "llama"),
+        "video-llama3": (video_llama3, "qwen2"),
+        "qwen2_vl": (qwen2_vl, "qwen2_vl"),
+    }
+
+
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -413,6 +434,16 @@ TEXT = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
 }
 
 
@@ -435,19 +466,57 @@ def llava_onevision():
 
     config = LlavaOnevisionConfig(
         text_config={"model_type": "qwen2", **TEXT},
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 8,
-        },
+        vision_config={"model_type": "siglip_vision_model", **VISION},
         image_token_index=60,
         video_token_index=61,
     )
     return LlavaOnevisionForConditionalGeneration(config).eval()
+
+
+def llava_next_video():
+    from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
+
+    config = LlavaNextVideoConfig(
+        text_config={"model_type": "llama", **TEXT},
+        vision_config={"model_type": "siglip_vision_model", **VISION},
+        image_token_index=60,
+        video_token_index=61,
+    )
+    return LlavaNextVideoForConditionalGeneration(config).eval()
+
+
+def gemma3_vl():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    config = Gemma3Config(text_config={**TEXT, "head_dim": 16}, vision_config=VISION, mm_tokens_per_image=4)
+    return Gemma3ForConditionalGeneration(config).eval()
+
+
+def smolvlm():
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    text = {"model_type": "llama", **TEXT}
+    return SmolVLMForConditionalGeneration(
+        SmolVLMConfig(text_config=text, vision_config=VISION, scale_factor=2, image_token_id=60)
+    ).eval()
+
+
+def video_llama3():
+    from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
+
+    vision = {key: value for key, value in VISION.items() if key != "image_size"}
+    config = VideoLlama3Config(text_config={"model_type": "qwen2", **TEXT}, vision_config=vision)
+    return VideoLlama3ForConditionalGeneration(config).eval()
+
+
+def qwen2_vl():
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    config = Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 4},
+    )
+    return Qwen2VLForConditionalGeneration(config).eval()
 
 
 def qwen2_5_vl():

@@ -50,11 +50,14 @@ class DecoderLayer:
     attention: nn.Module
     mlp: nn.Module
     projections: Mapping[str, nn.Module]
-    """Roles "query", "key", "value", "output" to linear layers of the attention."""
+    """Roles "query", "key", "value", "output" to linear layers of the attention; a fused one has the role "qkv"."""
     mlp_projections: Mapping[str, nn.Module]
-    """Roles "gate", "up", "down" to linear layers of the MLP."""
+    """Roles "gate", "up", "down" to linear layers of the MLP ("gate_up": fused); empty for a mixture of experts."""
     norms: Mapping[str, nn.Module]
-    """Roles "attention" and "mlp" (before them), "query" and "key" (per head), "after_attention", "after_mlp"."""
+    """Roles "attention" and "mlp" (before them), "after_attention" and "after_mlp", "query" and "key".
+
+    A family has some of them. The weight of the last two has the length of one head, or (OLMo) of all heads.
+    """
     layer_type: str
     """ "full_attention", "sliding_attention" and so on, as in `config.layer_types`."""
     sliding_window: int | None
@@ -123,8 +126,8 @@ class DecoderView:
             norm=_part(decoder, family.norm, family),
             rotary=_part(decoder, family.rotary, family),
             head=_head(model),
-            vision=_first(parent, ("vision_tower", "visual")) if decoder is not model else None,
-            projector=_first(parent, ("multi_modal_projector",)) if decoder is not model else None,
+            vision=_first(parent, _VISION) if decoder is not model else None,
+            projector=_first(parent, _PROJECTOR) if decoder is not model else None,
             num_heads=config.num_attention_heads,
             num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -132,6 +135,8 @@ class DecoderView:
         )
 
 
+_VISION = ("vision_tower", "visual", "vision_model")
+_PROJECTOR = ("multi_modal_projector", "connector", "projector")
 _families: dict[str, DecoderFamily] = {}
 
 
@@ -143,10 +148,8 @@ def register_decoder_family(family: DecoderFamily) -> None:
 
 
 def _find(model: nn.Module) -> tuple[nn.Module, DecoderFamily]:
-    candidates = [model]
-    for getter in ("get_decoder",):
-        if callable(found := getattr(model, getter, None)):
-            candidates.insert(0, found())
+    find = getattr(model, "get_decoder", None)
+    candidates = [find(), model] if callable(find) else [model]
     for candidate in candidates:
         classes = {kind.__name__ for kind in type(candidate).__mro__}
         for family in _families.values():
