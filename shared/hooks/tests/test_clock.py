@@ -12,9 +12,12 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -157,6 +160,36 @@ def test_flux_which_scales_its_timesteps_is_followed(true_cfg_scale):
     assert places(states) == [(0, call, call, branch) for call in range(3) for branch in branches]
 
 
+def test_batched_guidance_with_flow_matching_counts_every_entry_once():
+    pipeline = tiny.stable_diffusion_3(FlowMatchEulerDiscreteScheduler())
+    _, states = watched(pipeline, pipeline.transformer)
+    tiny.run_stable_diffusion_3(pipeline, steps=3)
+    tiny.run_stable_diffusion_3(pipeline, steps=2, guidance_scale=1.0)
+    expected = [(0, call, call, "both") for call in range(3)] + [(1, call, call, "cond") for call in range(2)]
+    assert places(states) == expected
+
+
+def test_the_forward_of_skip_layer_guidance_is_an_extra_of_its_call():
+    pipeline = tiny.stable_diffusion_3(FlowMatchEulerDiscreteScheduler())
+    _, states = watched(pipeline, pipeline.transformer)
+    tiny.run_stable_diffusion_3(
+        pipeline, steps=4, skip_guidance_layers=[1], skip_layer_guidance_start=0.2, skip_layer_guidance_stop=0.7
+    )
+    branches = {call: [state.branch for state in states if state.call == call] for call in range(4)}
+    assert branches == {0: ["both"], 1: ["both", "extra"], 2: ["both", "extra"], 3: ["both"]}
+    assert {state.run for state in states} == {0}
+
+
+def test_a_run_that_ends_early_for_a_refiner_has_that_many_calls():
+    pipeline = tiny.stable_diffusion_xl(EulerDiscreteScheduler())
+    _, states = watched(pipeline, pipeline.unet)
+    tiny.run_stable_diffusion_xl(pipeline, steps=5, denoising_end=0.6)
+    tiny.run_stable_diffusion_xl(pipeline, steps=4)
+    assert places(states[:3]) == [(0, call, call, "both") for call in range(3)]
+    assert {(state.num_calls, state.num_steps) for state in states[:3]} == {(3, 3)}
+    assert places(states[3:]) == [(1, call, call, "both") for call in range(4)]
+
+
 def test_attaching_leaves_no_trace_after_removal():
     pipeline = tiny.wan(FlowMatchEulerDiscreteScheduler())
     before = set(pipeline.transformer.__dict__)
@@ -192,13 +225,22 @@ def loop(clock, scheduler, steps, forwards=1, number=False, scale=None):
         for _ in range(forwards):
             given = timestep.clone() if scale is None else timestep * scale
             yield clock.tick(sample, float(given) if number else given)
-        sample = scheduler.step(torch.zeros_like(sample), timestep, scheduler.scale_model_input(sample, timestep))[0]
+        scaled = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+        sample = scheduler.step(torch.zeros_like(sample), timestep, scaled)[0]
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "pndm-prk"])
+LOOPS = {name: case for name, case in SCHEDULERS.items() if name != "pndm-prk"} | {
+    "unipc": (UniPCMultistepScheduler, [0, 1, 2, 3]),
+    "kdpm2": (KDPM2DiscreteScheduler, [0, 0, 1, 1, 2, 2, 3]),
+    "flow-euler": (FlowMatchEulerDiscreteScheduler, [0, 1, 2, 3]),
+    "flow-heun": (FlowMatchHeunDiscreteScheduler, [0, 0, 1, 1, 2, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.parametrize("forwards", [1, 2])
 def test_a_loop_with_only_a_scheduler(name, forwards):
-    scheduler_class, steps = SCHEDULERS[name]
+    scheduler_class, steps = LOOPS[name]
     scheduler = scheduler_class()
     clock = StepClock(scheduler)
     branches = ["both"] if forwards == 1 else ["both", "uncond"]
@@ -212,10 +254,10 @@ def test_a_loop_with_only_a_scheduler(name, forwards):
             assert [state.branch for state in states] == ["cond", "uncond"] * len(steps)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "pndm-prk"])
+@pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.parametrize("forwards", [1, 2])
 def test_a_loop_of_which_the_clock_knows_nothing_but_the_timesteps(name, forwards):
-    scheduler_class, steps = SCHEDULERS[name]
+    scheduler_class, steps = LOOPS[name]
     clock = StepClock()
     for run in range(2):
         states = list(loop(clock, scheduler_class(), 4, forwards))
@@ -223,10 +265,10 @@ def test_a_loop_of_which_the_clock_knows_nothing_but_the_timesteps(name, forward
         assert {state.run for state in states} == {run}
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "pndm-prk"])
+@pytest.mark.parametrize("name", LOOPS)
 @pytest.mark.parametrize("forwards", [1, 2])
 def test_a_denoiser_that_gets_scaled_timesteps_is_followed_by_the_scheduler(name, forwards):
-    scheduler_class, steps = SCHEDULERS[name]
+    scheduler_class, steps = LOOPS[name]
     scheduler = scheduler_class()
     clock = StepClock(scheduler)
     for _ in range(2):

@@ -148,6 +148,62 @@ def run_flux(pipeline, steps: int = 3, true_cfg_scale: float = 1.0):
     ).images
 
 
+def stable_diffusion_3(scheduler):
+    from diffusers import StableDiffusion3Pipeline
+
+    model, _ = sd3()
+    absent = dict.fromkeys([f"{part}{suffix}" for part in ("text_encoder", "tokenizer") for suffix in ("", "_2", "_3")])
+    pipeline = StableDiffusion3Pipeline(transformer=model, scheduler=scheduler, vae=None, **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run_stable_diffusion_3(pipeline, steps: int = 4, **options):
+    return pipeline(
+        prompt_embeds=torch.randn(1, 4, 8),
+        negative_prompt_embeds=torch.zeros(1, 4, 8),
+        pooled_prompt_embeds=torch.randn(1, 8),
+        negative_pooled_prompt_embeds=torch.zeros(1, 8),
+        num_inference_steps=steps,
+        height=64,
+        width=64,
+        output_type="latent",
+        **options,
+    ).images
+
+
+def stable_diffusion_xl(scheduler):
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4, sample_size=8)
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=sdxl()[0],
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def run_stable_diffusion_xl(pipeline, steps: int = 4, **options):
+    return pipeline(
+        prompt_embeds=torch.randn(1, 5, 8),
+        negative_prompt_embeds=torch.zeros(1, 5, 8),
+        pooled_prompt_embeds=torch.randn(1, 8),
+        negative_pooled_prompt_embeds=torch.zeros(1, 8),
+        num_inference_steps=steps,
+        height=16,
+        width=16,
+        output_type="latent",
+        **options,
+    ).images
+
+
 # Denoisers, each with the keyword arguments of one call
 
 
