@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -146,3 +148,31 @@ def environment() -> Environment:
         date="2026-01-02T03:04:05Z",
         seed=7,
     )
+
+
+@pytest.fixture
+def forbid_writing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Make a folder refuse every new file, as it does to a user without permission: root's tests would write anyway."""
+    opened, made = os.open, os.mkdir
+    forbidden: list[Path] = []
+
+    def check(path: object) -> None:
+        if isinstance(path, (str, os.PathLike)) and any(Path(path).is_relative_to(folder) for folder in forbidden):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    def refusing_open(path: object, flags: int, *rest: object, **options: object) -> int:
+        if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
+            check(path)
+        return opened(path, flags, *rest, **options)  # type: ignore[arg-type]
+
+    def refusing_mkdir(path: object, *rest: object, **options: object) -> None:
+        check(path)
+        made(path, *rest, **options)  # type: ignore[arg-type]
+
+    def forbid(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        forbidden.append(folder)
+        monkeypatch.setattr(os, "open", refusing_open)
+        monkeypatch.setattr(os, "mkdir", refusing_mkdir)
+
+    return forbid

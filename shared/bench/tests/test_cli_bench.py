@@ -49,7 +49,7 @@ def test_bench_prints_json(fake_method: Path, run_pared: Pared, folders: list[st
 
 def test_bench_takes_one_method_at_a_time(fake_method: Path, run_pared: Pared) -> None:
     code, _, err = run_pared("bench", "fake", "other")
-    assert code == 1
+    assert code == 2
     assert "one method at a time" in err
 
 
@@ -100,6 +100,31 @@ def test_a_bench_that_returns_something_else_is_told(
     assert "returned int among its records" in err
 
 
+def test_a_bench_that_measures_nothing_is_told_and_leaves_no_file(
+    make_method: Callable[..., Path], run_pared: Pared, folders: list[str], tmp_path: Path
+) -> None:
+    make_method("idle", bench="def run(context):\n    return []\n")
+    code, _, err = run_pared("bench", "idle", *folders)
+    assert code == 1
+    assert "idle's bench measured nothing" in err
+    assert list(tmp_path.rglob("*.json")) == []
+
+
+def test_results_that_cannot_be_written_are_told_before_the_bench_runs(
+    make_method: Callable[..., Path],
+    run_pared: Pared,
+    folders: list[str],
+    tmp_path: Path,
+    forbid_writing: Callable[[Path], None],
+) -> None:
+    make_method("never", bench="def run(context):\n    raise AssertionError('ran')\n")
+    forbid_writing(tmp_path / "results")
+    code, _, err = run_pared("bench", "never", *folders)
+    assert code == 1
+    assert err.startswith(f"pared: no permission: {tmp_path / 'results'}.")
+    assert "--results DIR" in err
+
+
 @pytest.fixture
 def stored(tmp_path: Path, environment: Environment) -> str:
     folder = tmp_path / "results"
@@ -128,14 +153,44 @@ def test_report_writes_a_page(run_pared: Pared, stored: str, tmp_path: Path) -> 
 
 def test_report_of_an_unmeasured_package_says_how_to_measure(run_pared: Pared, stored: str) -> None:
     code, _, err = run_pared("report", "datto", "--results", stored)
+    assert (code, err) == (
+        1,
+        f"pared: no results of 'datto' under {stored}. Did you mean 'dato'? Measure it with: pared bench datto\n",
+    )
+
+
+def test_report_on_an_unknown_device_suggests_the_nearest(run_pared: Pared, stored: str) -> None:
+    code, _, err = run_pared("report", "--device", "nvidia-h20", "--results", stored)
     assert code == 1
-    assert "did you mean 'dato'? Measure it with: pared bench datto" in err
+    assert "no results on 'nvidia-h20'" in err
+    assert "Did you mean 'nvidia-h200'? Devices: nvidia-h200." in err
+
+
+def test_report_prints_json(run_pared: Pared, stored: str) -> None:
+    code, out, _ = run_pared("report", "--results", stored, "--format", "json")
+    assert code == 0
+    (entry,) = json.loads(out)
+    assert (entry["package"], entry["value"], entry["environment"]["slug"]) == ("dato", 1.5, "nvidia-h200")
+
+
+def test_report_to_a_file_needs_a_format_for_files(run_pared: Pared, stored: str, tmp_path: Path) -> None:
+    code, _, err = run_pared("report", "--results", stored, "--out", f"{tmp_path}/r.txt")
+    assert code == 2
+    assert "--out needs --format" in err
 
 
 def test_report_without_any_results_says_how_to_begin(run_pared: Pared, tmp_path: Path) -> None:
-    code, out, _ = run_pared("report", "--results", str(tmp_path))
+    code, out, _ = run_pared("report", "--results", str(tmp_path / "absent"))
     assert code == 0
-    assert "pared bench NAME" in out
+    assert f"Nothing has been measured yet under {tmp_path / 'absent'}. Start with: pared bench NAME" in out
+
+
+@pytest.mark.parametrize("style", ["markdown", "html"])
+def test_a_page_without_any_results_says_so(run_pared: Pared, tmp_path: Path, style: str) -> None:
+    page = tmp_path / "page"
+    code, _, _ = run_pared("report", "--results", str(tmp_path / "absent"), "--format", style, "--out", str(page))
+    assert code == 0
+    assert "Nothing has been measured yet." in page.read_text()
 
 
 def test_merge_takes_over_the_files_of_another_machine(run_pared: Pared, stored: str, tmp_path: Path) -> None:

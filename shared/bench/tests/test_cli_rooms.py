@@ -61,7 +61,7 @@ def test_zoo_train_hands_its_options_over(trainings: list, run_pared: Pared, tmp
 
 def test_an_unknown_model_suggests_the_nearest(trainings: list, run_pared: Pared) -> None:
     code, _, err = run_pared("zoo", "train", "sd-wrld")
-    assert code == 1
+    assert code == 2
     assert "no model 'sd-wrld'. Did you mean 'sd-world'? Models: sd-world, vae-world." in err
     assert trainings == []
 
@@ -149,7 +149,7 @@ def test_kernels_check_fails_with_the_case_that_failed(kernels: types.SimpleName
 
 def test_an_unknown_operator_lists_those_there_are(kernels: types.SimpleNamespace, run_pared: Pared) -> None:
     code, _, err = run_pared("kernels", "check", "scatter", "--device", "cpu")
-    assert (code, err) == (1, "pared: operator 'scatter' does not exist; there are: gather\n")
+    assert (code, err) == (2, "pared: operator 'scatter' does not exist; there are: gather\n")
 
 
 def test_kernels_bench_prints_and_stores(kernels: types.SimpleNamespace, run_pared: Pared, tmp_path: Path) -> None:
@@ -172,8 +172,6 @@ def test_new_creates_a_package_in_the_workspace(
     creator = types.ModuleType("pared_bench.new")
     creator.create = lambda name, root: root / "packages" / name  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pared_bench.new", creator)
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "pyproject.toml").write_text("")
     code, out, _ = run_pared("new", "my-method", "--root", str(tmp_path))
     assert code == 0
     assert str(tmp_path / "packages" / "my-method") in out
@@ -181,5 +179,6 @@ def test_new_creates_a_package_in_the_workspace(
 
 def test_new_outside_a_workspace_is_told(run_pared: Pared, tmp_path: Path) -> None:
     code, _, err = run_pared("new", "my-method", "--root", str(tmp_path))
-    assert code == 1
-    assert "is no workspace" in err
+    assert code == 2
+    assert "is not a uv workspace" in err
+    assert "--root DIR" in err

@@ -36,9 +36,10 @@ def test_auto_takes_the_processor_where_there_is_no_gpu(monkeypatch: pytest.Monk
     assert resolve_device("auto") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:3", "gpu", "meta"])
+@pytest.mark.parametrize("name", ["cuda", "cuda:3", "mps", "gpu", "meta"])
 def test_a_device_that_is_not_here_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for backend in (torch.cuda, torch.mps):
+        monkeypatch.setattr(backend, "is_available", lambda: False)
     with pytest.raises(DeviceError, match=repr(name)):
         resolve_device(name)
 

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pared_bench.errors import explain_os_error
-from pared_bench.files import atomic_write, writable_folder
+from pared_bench.files import atomic_write, own_folder, writable_folder
 
 
 def test_a_write_makes_parent_folders_and_leaves_one_file(tmp_path: Path) -> None:
@@ -48,10 +49,27 @@ def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> N
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "theirs").stat().st_mode
 
 
+def test_a_file_that_must_not_be_written_is_named_by_its_own_name(
+    tmp_path: Path, forbid_writing: Callable[[Path], None]
+) -> None:
+    forbid_writing(tmp_path / "closed")
+    with pytest.raises(PermissionError) as caught:
+        atomic_write(tmp_path / "closed" / "page.html", "x")
+    assert caught.value.filename == str(tmp_path / "closed" / "page.html")
+
+
 def test_a_folder_that_is_a_file_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         writable_folder(tmp_path / "file")
+
+
+def test_a_folder_in_which_nothing_was_written_goes_away(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), own_folder(tmp_path / "empty"):
+        raise KeyboardInterrupt
+    with own_folder(tmp_path / "full") as place:
+        (place / "file").write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,36 @@ def test_only_tests_marked_gpu_run_and_their_failure_is_told(
     assert "1 passed, 1 deselected" in out
 
 
+def test_files_without_gpu_tests_are_not_even_imported(checkout: Path, tmp_path: Path) -> None:
+    folder = checkout / "packages" / "quick" / "tests"
+    folder.mkdir()
+    (folder / "test_plain.py").write_text("import a_plugin_that_is_not_here\n")
+    assert gpu.main(["quick", "--steps", "tests", "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+
+
+def test_files_that_a_bench_keeps_are_not_taken_for_results(checkout: Path, tmp_path: Path) -> None:
+    bench = checkout / "packages" / "quick" / "src" / "quick" / "bench.py"
+    bench.write_text(
+        bench.read_text().replace("    return", "    (context.out / 'front.json').write_text('[]')\n    return")
+    )
+    arguments = ["quick", "--steps", "bench", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert gpu.main(arguments) == 0
+    assert (tmp_path / "out" / "files" / "quick" / "front.json").read_text() == "[]"
+    assert [entry.package for entry in ResultStore(tmp_path / "out").load()] == ["quick"]
+
+
+def test_ctrl_c_ends_with_130_and_keeps_what_was_measured(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = checkout / "packages" / "shaky" / "src" / "shaky" / "bench.py"
+    bench.write_text("def run(context):\n    raise KeyboardInterrupt\n")
+    arguments = ["--steps", "bench", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert gpu.main(["quick", "shaky", *arguments]) == 130
+    assert "stopped" in capsys.readouterr().err
+    assert ResultStore(tmp_path / "out").packages() == ["quick"]
+    assert not (tmp_path / "out" / "files").exists()
+
+
 def test_kernels_are_checked_timed_and_stored(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,7 +117,7 @@ def test_kernels_are_checked_timed_and_stored(
 
 def test_an_unknown_method_is_told(checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["quik", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
-    assert "did you mean 'quick'" in capsys.readouterr().err
+    assert "Did you mean 'quick'" in capsys.readouterr().err
 
 
 def test_the_results_go_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

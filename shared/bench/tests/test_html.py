@@ -4,15 +4,18 @@ import base64
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from pared_bench import DemoResult, Figure, Record, Table
+from pared_bench.charts import chart_svg
 from pared_bench.environment import Environment
 from pared_bench.html import write_demo_page, write_results_page
 from pared_bench.registry import Method
 from pared_bench.runner import DemoOutcome
 from pared_bench.store import StoredRecord
+from pared_bench.tables import Bar, Chart
 
 RESULT = DemoResult(
     "Title <b>",
@@ -87,3 +90,30 @@ def test_stored_results_become_a_page_of_tables(tmp_path: Path, environment: Env
     text = write_results_page(tmp_path / "results.html", stored).read_text(encoding="utf-8")
     assert "<th class=num>time [ms]</th>" in text
     assert "<td class=num>1.5</td>" in text
+
+
+def test_bars_are_as_long_as_their_numbers_and_show_the_spread() -> None:
+    chart = Chart(
+        "time [ms] <x>", [Bar("base & co", 2.0, None), Bar("ours", 1.0, (0.5, 2.0)), Bar("worse", -1.0, None)]
+    )
+    drawing = ElementTree.fromstring(re.sub(r"(\w+)=(\w+)(?=[ >])", r'\1="\2"', chart_svg(chart)))
+    lengths = [float(bar.get("width", "")) for bar in drawing.iter("rect")]
+    starts = [float(bar.get("x", "")) for bar in drawing.iter("rect")]
+    assert lengths[0] == pytest.approx(2 * lengths[1], abs=0.2)
+    assert lengths[1] == pytest.approx(lengths[2], abs=0.2)
+    assert starts[2] + lengths[2] == pytest.approx(starts[0], abs=0.2)
+    (line,) = drawing.iter("line")
+    assert float(line.get("x2", "")) == pytest.approx(starts[0] + lengths[0], abs=0.2)
+    assert [title.text for title in drawing.iter("title")] == ["base & co: 2", "ours: 1", "worse: -1"]
+
+
+def test_a_chart_of_zeros_can_be_drawn() -> None:
+    assert "<rect" in chart_svg(Chart("x", [Bar("a", 0.0, None), Bar("b", 0.0, (0.0, 0.0))]))
+
+
+def test_the_page_of_results_draws_what_can_be_compared(tmp_path: Path, environment: Environment) -> None:
+    records = [Record("dato", name, "time", value, "ms") for name, value in (("base", 2.0), ("ours", 1.0))]
+    stored = [StoredRecord("dato", record, environment) for record in records]
+    text = write_results_page(tmp_path / "results.html", stored).read_text(encoding="utf-8")
+    assert text.count("<svg") == 1
+    assert "http" not in text

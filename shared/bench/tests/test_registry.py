@@ -25,13 +25,13 @@ def test_what_a_package_offers_is_told_without_importing_it(fake_method: Path) -
 def test_an_unknown_name_suggests_the_nearest(make_method: MakeMethod) -> None:
     make_method("framefusion")
     make_method("dato")
-    with pytest.raises(UnknownMethodError, match="did you mean 'framefusion'") as caught:
+    with pytest.raises(UnknownMethodError, match="Did you mean 'framefusion'") as caught:
         registry.find("framefusoin")
     assert "Installed: dato, framefusion." in str(caught.value)
 
 
 def test_with_nothing_installed_an_unknown_name_says_so(make_method: MakeMethod) -> None:
-    with pytest.raises(UnknownMethodError, match="No method is installed"):
+    with pytest.raises(UnknownMethodError, match="None is installed: pip install"):
         registry.find("dato")
 
 

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from pared_bench import Record
 from pared_bench.environment import Environment
 from pared_bench.report import markdown, markdown_table
 from pared_bench.results import Table
 from pared_bench.store import StoredRecord
-from pared_bench.tables import cell, sections
+from pared_bench.tables import Bar, Chart, cell, sections
 
 
 @pytest.mark.parametrize(
@@ -23,6 +24,8 @@ from pared_bench.tables import cell, sections
         (12.3456, "12.35"),
         (12345.6, "12,346"),
         (0.00012345, "0.000123"),
+        (np.float32(0.1), "0.1"),
+        (np.int64(12345), "12,345"),
         ((32, 32), "32 × 32"),
         ("as it is", "as it is"),
     ],
@@ -68,6 +71,31 @@ def test_experiments_and_devices_stand_apart(environment: Environment) -> None:
         ("dato: quality", "nvidia-h200"),
         ("dato: speed", "cpu-x"),
     ]
+
+
+def test_a_metric_of_several_rows_becomes_a_chart(environment: Environment) -> None:
+    stored = _stored(
+        environment,
+        Record("dato", "base", "time", 2.0, "ms", {"batch": 1}),
+        Record("dato", "ours", "time", 1.0, "ms", {"batch": 8}, spread=(0.9, 1.1)),
+        Record("dato", "ours", "psnr", 30.0, "dB", {"batch": 8}),
+        Record("dato", "base", "psnr", None, "dB", {"batch": 1}, note="out of memory"),
+    )
+    (section,) = sections(stored)
+    assert section.charts == [
+        Chart("time [ms]", [Bar("base, batch 1", 2.0, None), Bar("ours, batch 8", 1.0, (0.9, 1.1))])
+    ]
+
+
+def test_numbers_of_an_older_commit_are_owned_up_to(environment: Environment) -> None:
+    older = dataclasses.replace(environment, date="2025-12-01T00:00:00Z", commit="fedcba987654")
+    stored = [
+        *_stored(environment, Record("dato", "ours", "time", 1.0, "ms")),
+        *_stored(older, Record("dato", "base", "time", 2.0, "ms")),
+    ]
+    (section,) = sections(stored)
+    assert section.environment == environment
+    assert section.table.note == "Oldest number: 2025-12-01, commit fedcba987654"
 
 
 def test_markdown_escapes_what_would_break_a_table() -> None:

@@ -76,7 +76,10 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise DeviceError(f"device {name!r} is not here: torch sees {count} GPU(s). `pared doctor` says more.")
-    elif device.type not in ("cpu", "mps", "xpu"):
+    elif device.type in ("mps", "xpu"):
+        if not getattr(torch, device.type).is_available():
+            raise DeviceError(f"device {name!r} is not here. `pared doctor` says more.")
+    elif device.type != "cpu":
         raise DeviceError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
     return device
 

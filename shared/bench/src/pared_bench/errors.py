@@ -6,6 +6,8 @@ import difflib
 import errno
 from collections.abc import Iterable
 
+ELSEWHERE = "write elsewhere: --out DIR says where, for stored numbers --results DIR."
+
 
 class BenchError(Exception):
     """Something the user can put right; `exit_code` is what the command ends with."""
@@ -13,22 +15,20 @@ class BenchError(Exception):
     exit_code = 1
 
 
-class UnknownMethodError(BenchError, KeyError):
-    """A method name that no installed package registers."""
+class UsageError(BenchError):
+    """A command that was called wrongly."""
 
     exit_code = 2
 
+
+class UnknownMethodError(UsageError, KeyError):
+    """A method name that no installed package registers."""
+
     def __init__(self, name: str, installed: Iterable[str]) -> None:
         names = sorted(installed)
-        message = f"no installed method is called {name!r}"
-        if nearest := nearest_name(name, names):
-            message += f"; did you mean {nearest!r}?"
-        message += (
-            f" Installed: {', '.join(names)}." if names else " No method is installed: pip install a package first."
-        )
-        super().__init__(message)
+        there_are = f"Installed: {', '.join(names)}." if names else "None is installed: pip install a package first."
+        super().__init__(f"no installed method is called {name!r}.{did_you_mean(name, names)} {there_are}")
         self.name = name
-        self.nearest = nearest
 
     def __str__(self) -> str:  # KeyError would show the message in quotes
         return str(self.args[0])
@@ -42,37 +42,31 @@ class MissingExtraError(BenchError):
     """A part of a package that needs a distribution which is not installed."""
 
 
-class OptionError(BenchError, ValueError):
+class OptionError(UsageError, ValueError):
     """An option that a demo or bench does not have, or a value that does not fit it."""
 
-    exit_code = 2
 
-
-class DeviceError(BenchError, ValueError):
+class DeviceError(UsageError, ValueError):
     """A device that torch does not know or this machine does not have."""
-
-    exit_code = 2
 
 
 class StoreError(BenchError, ValueError):
     """A result file or a record that does not follow the schema."""
 
 
-def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """Return the name out of `known` that looks most like `name`, or None when none does."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean ...?" with the name out of `known` that looks most like `name`, nothing when none does."""
     matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return matches[0] if matches else None
+    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def explain_os_error(error: OSError) -> str:
     """Say in one sentence what the operating system refused and what the user can do about it."""
     place = f" {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: could not write{place}. Free some space, or write elsewhere with --out DIR."
+        return f"the disk is full: could not write{place}. Free some space, or {ELSEWHERE}"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return (
-            f"no permission:{place or ' the operation was refused'}. Choose a folder you may write to with --out DIR."
-        )
+        return f"no permission:{place or ' the operation was refused'}. To go on, {ELSEWHERE}"
     if error.errno == errno.EROFS:
-        return f"read-only file system: could not write{place}. Choose another folder with --out DIR."
+        return f"read-only file system: could not write{place}. To go on, {ELSEWHERE}"
     return f"{error.strerror or error}:{place}" if place else str(error.strerror or error)

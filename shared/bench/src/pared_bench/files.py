@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -13,21 +15,21 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     Missing parent folders are made. Raises OSError; nothing is left behind then, and an older file stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     except OSError as error:
-        _discard(temporary)
         # the temporary name would mean nothing to the reader of the message
         raise OSError(error.errno, error.strerror, str(path)) from error
-    except BaseException:
-        _discard(temporary)
-        raise
 
 
 def writable_folder(path: Path) -> Path:
@@ -41,8 +43,15 @@ def writable_folder(path: Path) -> Path:
     return path
 
 
-def _discard(path: str) -> None:
-    Path(path).unlink(missing_ok=True)
+@contextlib.contextmanager
+def own_folder(path: Path) -> Iterator[Path]:
+    """Give the folder to one run and take it away afterwards, however that ended, when the run wrote nothing there."""
+    writable_folder(path)
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def _umask() -> int:

@@ -22,7 +22,7 @@ from pared_bench import doctor, registry, runner
 from pared_bench.contexts import BenchContext
 from pared_bench.environment import Environment, resolve_device
 from pared_bench.errors import BenchError
-from pared_bench.files import writable_folder
+from pared_bench.files import own_folder, writable_folder
 from pared_bench.operators import PACKAGE, operator_records
 from pared_bench.options import parse_options
 from pared_bench.progress import PlainProgress
@@ -37,12 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the chosen steps, each to its end whatever happens to the others, and return 1 when any failed."""
     options = _parser().parse_args(arguments)
     try:
-        root = source_folders()
-        device = resolve_device(options.device)
-        methods = _methods(root, options.names)
-    except BenchError as error:
-        print(f"pared_bench.gpu: {error}", file=sys.stderr)
-        return error.exit_code
+        failed = run_steps(options)
+    except KeyboardInterrupt:
+        print("\nstopped; what was measured before is stored", file=sys.stderr)
+        return 130
+    except (BenchError, OSError) as error:
+        print(f"pared_bench.gpu: {runner.explain(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, BenchError) else 1
+    print("failed: " + "; ".join(failed) if failed else "everything passed", flush=True)
+    return 1 if failed else 0
+
+
+def run_steps(options: argparse.Namespace) -> list[str]:
+    """Run the steps that the options choose and return what failed; raises BenchError, OSError before the first."""
+    root = source_folders()
+    device = resolve_device(options.device)
+    methods = _methods(root, options.names)
     out = writable_folder(options.out)
     for finding in doctor.examine(out):
         print(f"{finding.state:>4}  {finding.topic}: {finding.text}")
@@ -55,8 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for method in methods:
             if "bench" in method.parts():
                 failed += run_one(method, device, out, options)
-    print("failed: " + "; ".join(failed) if failed else "everything passed", flush=True)
-    return 1 if failed else 0
+    return failed
 
 
 def source_folders() -> Path:
@@ -83,12 +92,18 @@ def run_tests(root: Path, methods: Sequence[Method]) -> list[str]:
         # the checkout's own configuration asks for plugins that a bare machine does not have
         settings = Path(scratch, "pytest.ini")
         settings.write_text("[pytest]\nmarkers =\n  slow\n  gpu\n  proof\n  network\n")
-        for folder in filter(Path.is_dir, folders):
+        for folder in folders:
+            # other files may need what a bare machine lacks
+            files = [
+                path for path in sorted(folder.glob("test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")
+            ]
+            if not files:
+                continue
             name = folder.parent.name
             command = [sys.executable, "-m", "pytest", "-c", str(settings), "--rootdir", str(root), "-q", "-m", "gpu"]
-            command += ["--import-mode=importlib", "-p", "no:cacheprovider", str(folder)]
+            command += ["--import-mode=importlib", "-p", "no:cacheprovider", *map(str, files)]
             print(f"== tests of {name}", flush=True)
-            # 5: the folder has no test marked gpu
+            # 5: none of these tests is marked gpu after all
             if subprocess.run(command, cwd=root, env=environment).returncode not in (0, 5):
                 failed.append(f"tests of {name}")
     return failed
@@ -119,10 +134,11 @@ def run_one(method: Method, device: Any, out: Path, options: argparse.Namespace)
     start = time.perf_counter()
     try:
         settings = parse_options(method.load("bench").run, options.option, f"{method.name}'s bench")
-        context = BenchContext(
-            device, seed=options.seed, full=options.full, out=out / method.name, progress=PlainProgress(sys.stdout)
-        )
-        records = runner.run_bench(method, context, settings)
+        # below a folder of its own, where the store does not look for results
+        with own_folder(out / "files") as files, own_folder(files / method.name) as place:
+            progress = PlainProgress(sys.stdout)
+            context = BenchContext(device, seed=options.seed, full=options.full, out=place, progress=progress)
+            records = runner.run_bench(method, context, settings)
         packages = (method.distribution,) if method.distribution else ()
         environment = Environment.here(device, seed=options.seed, packages=packages, commit=options.commit)
         path = ResultStore(out).add(method.name, records, environment)

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pared_bench.charts import chart_svg
 from pared_bench.files import atomic_write
 from pared_bench.results import DemoResult, Figure, Table
 from pared_bench.tables import cell, is_number, sections
@@ -30,8 +31,11 @@ def write_demo_page(path: Path, outcomes: Sequence[DemoOutcome], environment: En
 
 
 def write_results_page(path: Path, stored: Iterable[StoredRecord]) -> Path:
-    """Write stored records as a page, one table per experiment and device, and return its path; raises OSError."""
-    body = [f"<section>{_table(part.table)}{_where(part.environment)}</section>" for part in sections(stored)]
+    """Write stored records, a table and bars per experiment and device, and return the path; raises OSError."""
+    body = [
+        f"<section>{_table(part.table)}{''.join(map(chart_svg, part.charts))}{_where(part.environment)}</section>"
+        for part in sections(stored)
+    ]
     text = "".join(body) or "<p>Nothing has been measured yet.</p>"
     atomic_write(path, _page("pared results", "", text, ""))
     return path

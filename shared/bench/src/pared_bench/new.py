@@ -12,8 +12,8 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from pared_bench.errors import BenchError
-from pared_bench.files import atomic_write
+from pared_bench.errors import UsageError
+from pared_bench.files import atomic_write, writable_folder
 
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 #: Longer names would break the lines of the template.
@@ -21,7 +21,7 @@ LONGEST_NAME = 20
 SUFFIX = ".tmpl"
 
 
-class NewPackageError(BenchError, ValueError):
+class NewPackageError(UsageError, ValueError):
     """A package that cannot be made under this name or in this place."""
 
 
@@ -38,6 +38,7 @@ def create(name: str, root: Path) -> Path:
     words = {"name": name, "module": module, "Class": "".join(part.capitalize() for part in name.split("-"))}
     entries = _entries(name, root)
     folder = root / "packages" / name
+    writable_folder(root)
     with tempfile.TemporaryDirectory(dir=root, prefix=".pared-new-") as temporary:
         made = Path(temporary) / name
         _fill(resources.files("pared_bench") / "template", made, words)
@@ -64,7 +65,9 @@ def _check(name: str, module: str, root: Path) -> None:
     if not (root / "pyproject.toml").is_file() or "[tool.uv.workspace]" not in (root / "pyproject.toml").read_text(
         encoding="utf-8"
     ):
-        raise NewPackageError(f"{root} is not a uv workspace: run this in a checkout of the repository")
+        raise NewPackageError(
+            f"{root} is not a uv workspace: run this in a checkout of the repository, or name one with --root DIR"
+        )
     if not (root / "LICENSE").is_file():
         raise NewPackageError(f"{root} has no LICENSE to give to the package")
     if (root / "packages" / name).exists():

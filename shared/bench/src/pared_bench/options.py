@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from pared_bench.errors import OptionError, nearest_name
+from pared_bench.errors import OptionError, did_you_mean
 
 _WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -40,15 +40,14 @@ def parse_options(run: Callable[..., Any], tokens: Sequence[str], owner: str) ->
         negated = name.startswith("no_") and name[3:] in parameters and name not in parameters
         name = name[3:] if negated else name
         if name not in parameters:
-            nearest = nearest_name(name, parameters)
-            hint = f" Did you mean --{nearest.replace('_', '-')}?" if nearest else ""
+            hint = did_you_mean(f"--{flag}", map(_flag, parameters))
             raise OptionError(f"{owner} has no option --{flag}.{hint} {_valid(parameters)}")
         if name in values:
             raise OptionError(f"{owner}: --{flag} is given twice")
         kind = _kind(run, parameters[name])
         if negated or (_allows(kind, bool) and not equals and not (queue and queue[0].lower() in _WORDS)):
             if equals or not _allows(kind, bool):
-                raise OptionError(f"{owner}: --{flag} is no switch; write --{name.replace('_', '-')} VALUE")
+                raise OptionError(f"{owner}: --{flag} is no switch; write {_flag(name)} VALUE")
             values[name] = not negated
             continue
         if not equals:
@@ -61,7 +60,7 @@ def parse_options(run: Callable[..., Any], tokens: Sequence[str], owner: str) ->
             raise OptionError(f"{owner}: --{flag} must be {_describe(kind)}, got {text!r}") from None
     required = [p.name for p in parameters.values() if p.default is inspect.Parameter.empty and p.name not in values]
     if required:
-        raise OptionError(f"{owner} needs --{required[0].replace('_', '-')}. {_valid(parameters)}")
+        raise OptionError(f"{owner} needs {_flag(required[0])}. {_valid(parameters)}")
     return values
 
 
@@ -148,4 +147,8 @@ def _describe(kind: Any) -> str:
 def _valid(parameters: dict[str, inspect.Parameter]) -> str:
     if not parameters:
         return "It takes no options of its own."
-    return "Valid options: " + ", ".join("--" + name.replace("_", "-") for name in parameters) + "."
+    return "Valid options: " + ", ".join(map(_flag, parameters)) + "."
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

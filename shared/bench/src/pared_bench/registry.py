@@ -101,7 +101,7 @@ def find(name: str) -> Method:
 
 def select(names: Iterable[str], part: str) -> list[Method]:
     """Return the named methods; with no name, every installed method that has `part`."""
-    chosen = [find(name) for name in names]
+    chosen = [find(name) for name in dict.fromkeys(names)]
     return chosen or [method for method in methods().values() if part in method.parts()]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +81,7 @@ def _outcome_json(outcome: DemoOutcome) -> dict[str, Any]:
         data |= {
             "title": result.title,
             "summary": result.summary,
-            "metrics": {name: float(value) for name, value in result.metrics.items()},
+            "metrics": {name: _json_cell(float(value)) for name, value in result.metrics.items()},
             "tables": [
                 {
                     "title": table.title,
@@ -94,7 +97,14 @@ def _outcome_json(outcome: DemoOutcome) -> dict[str, Any]:
 
 
 def _json_cell(value: Any) -> Any:
-    return value if value is None or isinstance(value, (str, bool, int, float)) else str(value)
+    """Return a cell as a JSON value: numbers of any library as numbers, what is not finite as None."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
 
 
 def print_results(stored: Iterable[StoredRecord]) -> None:
@@ -107,6 +117,12 @@ def print_results(stored: Iterable[StoredRecord]) -> None:
         print_table(section.table, console)
         console.print(Text(_measured_on(section.environment), style="dim"))
         console.print()
+
+
+def results_json(stored: Iterable[StoredRecord]) -> str:
+    """Return stored records as a JSON list, each with its package and the environment it was measured in."""
+    entries = [{"package": entry.package, **entry.to_dict()} for entry in stored]
+    return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
 
 
 def markdown_table(table: Table) -> str:

@@ -53,7 +53,7 @@ def run_demo(method: Method, context: DemoContext, options: dict[str, Any]) -> D
 
 
 def run_bench(method: Method, context: BenchContext, options: dict[str, Any]) -> list[Record]:
-    """Run the method's bench and return its records; raises BenchError when it returns anything else."""
+    """Run the method's bench and return its records; raises BenchError when it returns none, or anything else."""
     try:
         records = list(_entry_point(method, "bench")(context, **options))
     except ModuleNotFoundError as error:
@@ -61,6 +61,8 @@ def run_bench(method: Method, context: BenchContext, options: dict[str, Any]) ->
     strangers = [type(item).__name__ for item in records if not isinstance(item, Record)]
     if strangers:
         raise BenchError(f"{method.name}'s bench returned {strangers[0]} among its records; only Record is stored")
+    if not records:
+        raise BenchError(f"{method.name}'s bench measured nothing with these options")
     return records
 
 

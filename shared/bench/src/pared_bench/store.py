@@ -79,6 +79,10 @@ class ResultStore:
         pattern = f"{device or '*'}/{package or '*'}.json"
         return [entry for path in sorted(self.root.glob(pattern)) for entry in self._read(path)]
 
+    def devices(self) -> list[str]:
+        """Return the devices (their slugs) that have results of any package."""
+        return sorted({path.parent.name for path in self.root.glob("*/*.json")})
+
     def packages(self) -> list[str]:
         """Return the packages that have results on any device."""
         return sorted({path.stem for path in self.root.glob("*/*.json")})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from pared_bench.environment import Environment
@@ -14,13 +15,39 @@ from pared_bench.store import StoredRecord
 DASH = "–"
 
 
+#: With more bars than this, a chart says less than its table.
+MOST_BARS = 24
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One number of a chart, with its spread where it has one."""
+
+    label: str
+    value: float
+    spread: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One metric of a section, two bars or more."""
+
+    title: str
+    bars: Sequence[Bar]
+
+
 @dataclass(frozen=True)
 class Section:
-    """One experiment of one method on one device: a table of variants by metrics, and where it was measured."""
+    """One experiment of one method on one device: a table of variants by metrics, and where it was measured.
+
+    `charts` show the metrics that more than one row has. `environment` is that of the newest number; the table's note
+    names the oldest where that was measured on another day or at another commit.
+    """
 
     package: str
     table: Table
     environment: Environment
+    charts: Sequence[Chart] = ()
 
 
 def cell(value: Any) -> str:
@@ -29,15 +56,13 @@ def cell(value: Any) -> str:
         return DASH
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10000 else str(value)
-    if isinstance(value, float):
-        if value and not 1e-3 <= abs(value) < 1e15:
-            return f"{value:.3g}"
-        if abs(value) >= 1000:
-            return f"{value:,.0f}"
-        text = f"{value:.4g}"
-        return text
+    if isinstance(value, Integral):
+        return f"{int(value):,}" if abs(value) >= 10000 else str(int(value))
+    if isinstance(value, Real):
+        number = float(value)
+        if number and not 1e-3 <= abs(number) < 1e15:
+            return f"{number:.3g}"
+        return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
     if isinstance(value, (list, tuple)):
         return " × ".join(cell(item) for item in value)
     return str(value)
@@ -45,7 +70,7 @@ def cell(value: Any) -> str:
 
 def is_number(value: Any) -> bool:
     """Return whether a cell is shown flush right."""
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    return value is None or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def sections(stored: Iterable[StoredRecord]) -> list[Section]:
@@ -63,7 +88,8 @@ def sections(stored: Iterable[StoredRecord]) -> list[Section]:
 
 
 def _section(method: str, experiment: str, entries: list[StoredRecord]) -> Section:
-    latest = max(entries, key=lambda entry: entry.environment.date)
+    environments = sorted((entry.environment for entry in entries), key=lambda environment: environment.date)
+    oldest, latest = environments[0], environments[-1]
     records = [entry.record for entry in entries]
     varying, fixed = _settings(records)
     metrics = list(dict.fromkeys((record.metric, record.unit) for record in records))
@@ -82,8 +108,30 @@ def _section(method: str, experiment: str, entries: list[StoredRecord]) -> Secti
     title = f"{method}: {experiment}" if experiment else method
     note = "; ".join(f"{name} {cell(value)}" for name, value in fixed.items())
     remarks = list(dict.fromkeys(f"{r.variant}, {r.metric}: {r.note}" for r in records if r.note))
+    if (oldest.date[:10], oldest.commit) != (latest.date[:10], latest.commit):
+        remarks.append(f"Oldest number: {oldest.date[:10]}, commit {oldest.commit or 'unknown'}")
     note = ". ".join(part for part in [note, *remarks] if part)
-    return Section(latest.package, Table(title, columns, cells, note), latest.environment)
+    return Section(entries[0].package, Table(title, columns, cells, note), latest, _charts(rows, varying, metrics))
+
+
+def _charts(
+    rows: Mapping[str, Mapping[Any, Record]], varying: Sequence[str], metrics: Sequence[tuple[str, str]]
+) -> list[Chart]:
+    charts = []
+    for metric, unit in metrics:
+        found = [row[(metric, unit)] for row in rows.values() if (metric, unit) in row]
+        bars = [
+            Bar(", ".join([record.variant, *_varied(record, varying)]), record.value, record.spread)
+            for record in found
+            if record.value is not None
+        ]
+        if 2 <= len(bars) <= MOST_BARS:
+            charts.append(Chart(f"{metric} [{unit}]" if unit else metric, bars))
+    return charts
+
+
+def _varied(record: Record, varying: Sequence[str]) -> list[str]:
+    return [f"{name} {cell(record.settings[name])}" for name in varying if name in record.settings]
 
 
 def _settings(records: Sequence[Record]) -> tuple[list[str], dict[str, Any]]:

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from pared_bench import registry
-from pared_bench.cli.demo import DeviceOption, SeedOption, shown_progress
+from pared_bench.cli.demo import DeviceOption, SeedOption, quiet_libraries, shown_progress
 from pared_bench.cli.listing import complete_method
-from pared_bench.errors import BenchError
+from pared_bench.errors import UsageError
 from pared_bench.options import split_tokens
 
 
@@ -40,15 +40,16 @@ def bench(
     """
     chosen, tokens = split_tokens(names)
     if len(chosen) != 1:
-        raise BenchError(f"pared bench measures one method at a time, got {' '.join(chosen) or 'none'}")
+        raise UsageError(f"pared bench measures one method at a time, got {' '.join(chosen) or 'none'}")
     method = registry.find(chosen[0])
 
     from pared_bench import report, runner
     from pared_bench.contexts import BenchContext
     from pared_bench.environment import Environment, resolve_device
-    from pared_bench.files import writable_folder
+    from pared_bench.files import own_folder, writable_folder
     from pared_bench.store import ResultStore, StoredRecord
 
+    quiet_libraries()
     target = resolve_device(device)
     options = runner.bench_options(method, tokens)
     store = ResultStore(results)
@@ -56,11 +57,9 @@ def bench(
     writable_folder(store.root)
     environment = Environment.here(target, seed=seed, packages=(method.distribution,) if method.distribution else ())
     store.load(method.name, environment.slug)
-    with shown_progress() as progress:
-        context = BenchContext(target, seed=seed, full=full, out=writable_folder(out), progress=progress)
+    with own_folder(out) as place, shown_progress() as progress:
+        context = BenchContext(target, seed=seed, full=full, out=place, progress=progress)
         records = runner.run_bench(method, context, options)
-    if not records:
-        raise BenchError(f"{method.name}'s bench measured nothing with these options")
     path = store.add(method.name, records, environment)
     stored = [StoredRecord(method.name, record, environment) for record in records]
     if as_json:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +22,7 @@ from pared_bench.progress import PlainProgress, Progress
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.", min=0)]
 
 
 def demo(
@@ -48,14 +50,15 @@ def demo(
     from pared_bench import html, report, runner
     from pared_bench.contexts import DemoContext
     from pared_bench.environment import Environment, resolve_device
-    from pared_bench.files import writable_folder
+    from pared_bench.files import own_folder, writable_folder
 
+    quiet_libraries()
     target = resolve_device(device)
     options = {}
     for method in selected:
         try:
             options[method.name] = runner.demo_options(method, tokens)
-        except BenchError:
+        except Exception:
             # with names given, a demo that cannot start is the answer; otherwise it becomes a line of the report
             if chosen or tokens:
                 raise
@@ -65,12 +68,9 @@ def demo(
     with shown_progress() as progress:
         overall = progress.begin("demos", len(selected)) if len(selected) > 1 else None
         for method in selected:
-            place = writable_folder(folder / method.name)
-            context = DemoContext(target, seed=seed, full=full, out=place, progress=progress)
-            outcomes.append(runner.run_demo(method, context, options[method.name]))
-            # a demo that wrote no file of its own leaves no empty folder
-            with contextlib.suppress(OSError):
-                place.rmdir()
+            with own_folder(folder / method.name) as place:
+                context = DemoContext(target, seed=seed, full=full, out=place, progress=progress)
+                outcomes.append(runner.run_demo(method, context, options[method.name]))
             if overall is not None:
                 progress.advance(overall)
     distributions = tuple(m.distribution for m in selected if m.distribution)
@@ -88,11 +88,25 @@ def demo(
 
 @contextlib.contextmanager
 def shown_progress() -> Iterator[Progress]:
-    """Bars in a terminal, plain lines elsewhere (a CI log, a pipe)."""
-    if not sys.stderr.isatty():
-        yield PlainProgress(sys.stderr)
-        return
-    from pared_bench.progress import RichProgress
+    """Bars in a terminal, plain lines elsewhere (a CI log, a pipe); what a method prints meanwhile goes there too.
 
-    with RichProgress() as bars:
-        yield bars
+    Standard output is for the answer: with `--json` it must be nothing but JSON.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        if not sys.stderr.isatty():
+            yield PlainProgress(sys.stderr)
+            return
+        from pared_bench.progress import RichProgress
+
+        with RichProgress() as bars:
+            yield bars
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries remark to their developers out of the answer, unless the user has asked for it."""
+    if os.environ.get("PARED_DEBUG"):
+        return
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)

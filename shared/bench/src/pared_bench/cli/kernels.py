@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pared_bench.cli.demo import DeviceOption
-from pared_bench.errors import BenchError, MissingExtraError
+from pared_bench.cli.demo import DeviceOption, SeedOption
+from pared_bench.errors import MissingExtraError, UsageError
 from pared_bench.results import Table
 
 app = typer.Typer(help="The shared operators: list, check, bench.", no_args_is_help=True, rich_markup_mode=None)
@@ -33,7 +33,7 @@ def check(
     ops: OpsArgument = None,
     backend: Annotated[str | None, typer.Option(help="reference, triton or cpu; none: each there is.")] = None,
     device: DeviceOption = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Compare the operators with their references in float64. Ends with exit code 1 when one differs."""
     _room()
@@ -95,7 +95,7 @@ def _bad_names() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise BenchError(str(error)) from error
+        raise UsageError(str(error)) from error
 
 
 def _room() -> Any:

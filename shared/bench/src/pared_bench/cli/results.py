@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pared_bench.errors import BenchError, nearest_name
+from pared_bench.errors import BenchError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from pared_bench.doctor import Finding
@@ -23,33 +23,35 @@ def report(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Only this device's folder, such as nvidia-h200.")] = None,
     style: Annotated[
-        Literal["terminal", "markdown", "html"], typer.Option("--format", help="What to write.")
+        Literal["terminal", "markdown", "html", "json"], typer.Option("--format", help="What to write.")
     ] = "terminal",
     out: Annotated[Path | None, typer.Option(help="File to write; else standard output.", show_default=False)] = None,
 ) -> None:
-    """Show the stored results: tables, Markdown or HTML."""
+    """Show the stored results: tables, Markdown, HTML or JSON."""
     from pared_bench import files, html
     from pared_bench import report as writer
     from pared_bench.store import ResultStore
 
     store = ResultStore(results)
-    known = store.packages()
+    known, devices = store.packages(), store.devices()
     for name in packages or []:
         if name not in known:
-            nearest = nearest_name(name, known)
-            hint = f"; did you mean {nearest!r}?" if nearest else ""
-            raise BenchError(f"no results of {name!r} under {store.root}{hint} Measure it with: pared bench {name}")
+            hint = did_you_mean(name, known)
+            raise BenchError(f"no results of {name!r} under {store.root}.{hint} Measure it with: pared bench {name}")
+    if device is not None and device not in devices:
+        hint = did_you_mean(device, devices)
+        raise BenchError(f"no results on {device!r} under {store.root}.{hint} Devices: {', '.join(devices) or 'none'}.")
     stored = [entry for name in packages or known for entry in store.load(name, device)]
     if style == "html":
         typer.echo(f"Report: {html.write_results_page(out or Path('pared-report/results.html'), stored).resolve()}")
-    elif style == "markdown":
-        text = writer.markdown(stored)
+    elif style in ("markdown", "json"):
+        text = writer.markdown(stored) if style == "markdown" else writer.results_json(stored)
         if out is None:
             typer.echo(text, nl=False)
         else:
             files.atomic_write(out, text)
     elif out is not None:
-        raise BenchError("--out needs --format markdown or --format html")
+        raise UsageError("--out needs --format markdown, html or json")
     elif stored:
         writer.print_results(stored)
     else:

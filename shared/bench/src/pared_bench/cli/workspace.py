@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from pared_bench import registry
-from pared_bench.errors import BenchError
 
 
 def new(
@@ -21,13 +20,5 @@ def new(
     """
     from pared_bench.new import create
 
-    place = root or registry.workspace_root() or Path.cwd()
-    if not (place / "pyproject.toml").is_file() or not (place / "packages").is_dir():
-        raise BenchError(
-            f"{place} is no workspace: it has no pyproject.toml and packages folder. Name one with --root DIR"
-        )
-    try:
-        folder = create(name, place)
-    except ValueError as error:
-        raise BenchError(str(error)) from error
-    typer.echo(f"Created {folder}. Next: uv sync, then uv run nox -s tests-{folder.name}")
+    folder = create(name, root or registry.workspace_root() or Path.cwd())
+    typer.echo(f"Created {folder}. Next: uv lock, then uv run nox -s tests-{folder.name}")

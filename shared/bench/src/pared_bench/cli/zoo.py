@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pared_bench.errors import BenchError, MissingExtraError, nearest_name
+from pared_bench.cli.demo import SeedOption
+from pared_bench.errors import MissingExtraError, UsageError, did_you_mean
 
 app = typer.Typer(help="The small trained models: list, train, show.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -42,7 +43,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     size: Annotated[Literal["small", "base"], typer.Option(help="base is meant for a GPU.")] = "small",
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="the recipe's own")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: SeedOption = 0,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="the recipe's own", min=1)] = None,
 ) -> None:
     """Train a model from its recipe."""
@@ -65,7 +66,5 @@ def _zoo() -> Any:
 def _known(zoo: Any, name: str) -> str:
     models = zoo.models()
     if name not in models:
-        nearest = nearest_name(name, models)
-        hint = f" Did you mean {nearest!r}?" if nearest else ""
-        raise BenchError(f"the zoo has no model {name!r}.{hint} Models: {', '.join(models)}.")
+        raise UsageError(f"the zoo has no model {name!r}.{did_you_mean(name, models)} Models: {', '.join(models)}.")
     return name

@@ -107,7 +107,7 @@ def time_paired(
     if chosen == "events" and not on_gpu:
         raise ValueError(f"clock 'events' needs a CUDA device, got {device}")
 
-    sample = _event_sample if chosen == "events" else _clock_sample(chosen, on_gpu)
+    sample = _event_sample(device) if chosen == "events" else _clock_sample(chosen, device if on_gpu else None)
     calls = {}
     for name, run in candidates.items():
         for _ in range(max(warmup, 1)):
@@ -132,28 +132,34 @@ def time_paired(
     return Timings({name: tuple(values) for name, values in samples.items()}, chosen)
 
 
-def _event_sample(run: Callable[[], object], calls: int) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / calls
+def _event_sample(device: torch.device) -> Callable[[Callable[[], object], int], float]:
+    # an event belongs to a stream of one GPU: recorded on another, it would not wait for the work
+    stream = torch.cuda.current_stream(device)
+
+    def sample(run: Callable[[], object], calls: int) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        begin.record(stream)
+        for _ in range(calls):
+            run()
+        end.record(stream)
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+
+    return sample
 
 
-def _clock_sample(clock: Clock, on_gpu: bool) -> Callable[[Callable[[], object], int], float]:
+def _clock_sample(clock: Clock, gpu: torch.device | None) -> Callable[[Callable[[], object], int], float]:
     read = time.process_time if clock == "process" else time.perf_counter
 
     def sample(run: Callable[[], object], calls: int) -> float:
-        if on_gpu:
-            torch.cuda.synchronize()
+        if gpu is not None:
+            torch.cuda.synchronize(gpu)
         begin = read()
         for _ in range(calls):
             run()
-        if on_gpu:
-            torch.cuda.synchronize()
+        if gpu is not None:
+            torch.cuda.synchronize(gpu)
         # a clock that has not moved would make ratios infinite
         return max(read() - begin, 1e-9) / calls
 
