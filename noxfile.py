@@ -136,8 +136,8 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def build(session: nox.Session) -> None:
-    """Wheel and source distribution of every member into dist/."""
-    session.run(UV, "build", "--all-packages", "--out-dir", "dist", *session.posargs, external=True)
+    """Wheel and source distribution of every member into dist/, or elsewhere with `-- --out-dir DIR`."""
+    session.run(UV, "build", "--all-packages", *session.posargs, external=True)
 
 
 @nox.session(name="release-check", default=False)

@@ -23,8 +23,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from workspace import ROOT, Member, members
 
-#: A link to a package that also works where the repository is browsed.
-PACKAGE_LINK = re.compile(r"\]\((?:\.\./)*packages/(?P<name>[a-z0-9-]+)/(?:README\.md)?\)")
+#: A link to a member's folder or README, which works where the repository is browsed: from any page as
+#: `packages/dato/`, between the READMEs of two neighbours as `../zoo/README.md`.
+MEMBER_LINK = re.compile(
+    r"\]\((?:(?:\.\./)*(?:packages|shared)/(?P<folder>[a-z0-9-]+)/(?:README\.md)?"
+    r"|(?:\.\./)+(?P<neighbour>[a-z0-9-]+)/README\.md)\)"
+)
 PACKAGES = "<!-- packages -->"
 MARKER = re.compile(r"<!-- evidence(?:: (?P<name>[a-z0-9-]+))? -->")
 #: Pages of a package in the order a reader meets them; others come between `how-it-works` and `evidence`.
@@ -74,12 +78,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Put in what a page asks for, and lead links to a package's folder to its site."""
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
+    """Put in what a page asks for, and lead links to a member's folder to its pages."""
     markdown = markdown.replace(PACKAGES, package_table())
     markdown = MARKER.sub(lambda match: evidence(match["name"]), markdown)
-    top = "../" * page.url.count("/")
-    return PACKAGE_LINK.sub(lambda match: f"]({top}{match['name']}/)", markdown)
+    hub = "../" * (page.url.count("/") + (0 if config.extra["hub"] else 1))
+    return lead_to_pages(markdown, hub)
+
+
+def lead_to_pages(markdown: str, hub: str) -> str:
+    """Replace links to members' folders by links to their pages, which lie below `hub`, the way to the hub's root."""
+    names = {one.path.name: one.name for one in members()}
+
+    def page_of(match: re.Match[str]) -> str:
+        folder = match["folder"] or match["neighbour"]
+        return f"]({hub}{names[folder]}/)" if folder in names else match.group()
+
+    return MEMBER_LINK.sub(page_of, markdown)
 
 
 def evidence(package: str | None) -> str:
