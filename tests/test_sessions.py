@@ -54,6 +54,15 @@ def test_the_readme_and_the_ci_script_run_the_same_command() -> None:
     assert (ROOT / ".ci/run").stat().st_mode & 0o111 == 0o111
 
 
+def test_the_page_of_the_house_names_every_kind_of_session(sessions: set[str]) -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    table = text[text.index("## Sessions") : text.index("## Names on")]
+    named = re.findall(r"`([a-z-]+(?:<[a-z]+>)?)`(?=[^|]*\|.*\| (?:yes|no|the kernels))", table)
+    patterns = [re.compile(re.sub("<[a-z]+>", "[a-z0-9-]+", name)) for name in named]
+    assert sorted(session for session in sessions if not any(p.fullmatch(session) for p in patterns)) == []
+    assert [p.pattern for p in patterns if not any(p.fullmatch(session) for session in sessions)] == []
+
+
 def test_the_cpu_workflow_covers_every_supported_python() -> None:
     versions = jobs(ROOT / ".github/workflows/ci.yml")["tests"]["strategy"]["matrix"]["python"]
     assert versions == ["3.11", "3.12", "3.13", "3.14"]
@@ -65,6 +74,16 @@ def test_the_gpu_workflow_picks_a_self_hosted_runner_by_target_and_never_runs_fo
     assert job["runs-on"] == ["self-hosted", "linux", "gpu", "${{ matrix.target }}"]
     assert all(f'"{target}"' in job["strategy"]["matrix"]["target"] for target in AOT_TARGETS)
     assert "pull_request" not in path.read_text(encoding="utf-8")
+
+
+def test_rocm_machines_use_their_own_torch_and_cuda_machines_the_lock() -> None:
+    steps = jobs(ROOT / ".github/workflows/gpu.yml")["gpu"]["steps"]
+    locked, bare = (step for step in steps if "pared_bench.gpu" in step.get("run", ""))
+    assert locked["if"] == "startsWith(matrix.target, 'cuda-')"
+    assert locked["run"].startswith("uv run --frozen ")
+    assert bare["if"] == "startsWith(matrix.target, 'hip-')"
+    assert "uv" not in bare["run"]
+    assert (ROOT / bare["env"]["PYTHONPATH"] / "pared_bench" / "gpu.py").is_file()
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -41,7 +41,7 @@ def test_list_with_nothing_installed_says_how_to_begin(make_method: Callable[...
     assert "pip install" in out
 
 
-LIBRARIES = {"torch", "numpy", "diffusers", "transformers", "matplotlib", "scipy", "PIL", "jsonschema"}
+LIBRARIES = {"torch", "numpy", "diffusers", "transformers", "matplotlib", "PIL", "jsonschema"}
 
 
 @pytest.mark.parametrize(

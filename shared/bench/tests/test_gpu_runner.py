@@ -130,7 +130,7 @@ def test_it_runs_with_nothing_but_the_path_and_without_the_terminal_libraries(tm
     source = Path(gpu.__file__).parents[1]
     program = (
         "import sys, runpy\n"
-        "for name in ('typer', 'rich', 'jsonschema', 'psutil', 'scipy', 'matplotlib', 'pydantic'):\n"
+        "for name in ('typer', 'rich', 'jsonschema', 'matplotlib', 'pydantic'):\n"
         "    sys.modules[name] = None\n"
         f"sys.argv = ['gpu', '--steps', 'bench', '--device', 'cpu', '--out', {str(tmp_path)!r}]\n"
         "from pared_bench import registry\n"
