@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -7,7 +8,7 @@ import textwrap
 import pared_kernels
 import pytest
 import torch
-from pared_kernels import check, ops, registry
+from pared_kernels import bench, check, dispatch, ops, registry
 
 INIT = '''
 """Twice the input."""
@@ -42,6 +43,34 @@ def cases(seed):
     yield Case("ones", (torch.ones(3),))
 """
 
+BENCH = """
+import torch
+from pared_kernels.bench import BenchCase
+
+
+def cases(device, full):
+    x = torch.ones(1024, device=device)
+    yield BenchCase("ones", (x,), 8192, 1024, x.dtype, matrix=False, baselines={"torch": lambda x: x + x})
+"""
+
+AOT = """
+import triton
+import triton.language as tl
+from pared_kernels.aot import Specialization
+
+
+@triton.jit
+def twice_kernel(x_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + index, index < count, other=0.0)
+    tl.store(out_ptr + index, 2 * x, index < count)
+
+
+def kernels():
+    types = {"x_ptr": "*fp32", "out_ptr": "*fp32", "count": "i32"}
+    yield Specialization(twice_kernel, "fp32", types, {"BLOCK": 128}, {"num_warps": 4})
+"""
+
 
 def forget(name: str) -> None:
     """Unregister an operator that a test has defined."""
@@ -50,20 +79,26 @@ def forget(name: str) -> None:
         operator._library._destroy()
 
 
+def forget_folder(name: str, function: str) -> None:
+    """Unregister the operator of a folder that a test has added."""
+    registry._folders.pop(name, None)
+    forget(name)
+    vars(pared_kernels).pop(function, None)
+    for module in [module for module in sys.modules if module.startswith(f"pared_kernels.ops.{name}")]:
+        del sys.modules[module]
+
+
 @pytest.fixture
 def added_folder(tmp_path, monkeypatch):
     """A folder with one more operator, `added_twice`, on the path of the operators; forgotten afterwards."""
     folder = tmp_path / "added_twice"
     folder.mkdir()
-    for name, text in (("__init__", INIT), ("reference", REFERENCE), ("cases", CASES)):
+    texts = {"__init__": INIT, "reference": REFERENCE, "cases": CASES, "bench": BENCH, "aot": AOT}
+    for name, text in texts.items():
         (folder / f"{name}.py").write_text(textwrap.dedent(text))
     monkeypatch.setattr(ops, "__path__", [*ops.__path__, str(tmp_path)])
     yield folder
-    registry._folders.pop("added_twice", None)
-    forget("added_twice")
-    vars(pared_kernels).pop("twice", None)
-    for name in [name for name in sys.modules if name.startswith("pared_kernels.ops.added_twice")]:
-        del sys.modules[name]
+    forget_folder("added_twice", "twice")
 
 
 def test_an_added_folder_is_an_operator(added_folder):
@@ -73,6 +108,26 @@ def test_an_added_folder_is_an_operator(added_folder):
     info = next(info for info in pared_kernels.ls() if info.name == "added_twice")
     assert info == registry.OperatorInfo("added_twice", ("twice",), ("reference",), "Twice the input.")
     assert [outcome.status for outcome in check.run(["added_twice"], device="cpu")] == ["passed"]
+    ways = [row.way for row in bench.run(["added_twice"], "cpu", seconds=0.0)]
+    assert ways == ["reference", "torch"]
+    with pared_kernels.use(added_twice="reference"):
+        compiled = torch.compile(lambda x: twice(x) + 1, fullgraph=True, backend="aot_eager")
+        assert compiled(torch.ones(2)).tolist() == [3.0, 3.0]
+
+
+@pytest.mark.skipif(not dispatch.has_triton(), reason="no triton")
+def test_an_added_folder_is_compiled_ahead_of_time(added_folder):
+    script = f"""
+    from pared_kernels import aot, ops
+    ops.__path__ = [*ops.__path__, {str(added_folder.parent)!r}]
+    raise SystemExit(aot.main(["cuda-90", "--op", "added_twice"]))
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "added_twice.twice_kernel [fp32]" in done.stdout
+    assert "1 compiled, 0 failed" in done.stdout
 
 
 def test_two_folders_cannot_publish_one_function(added_folder):
@@ -89,7 +144,7 @@ def test_every_operator_publishes_its_functions_and_has_cases():
         for name in info.functions:
             assert callable(getattr(pared_kernels, name))
             assert getattr(pared_kernels, name).__doc__
-        for part in ("cases", "bench", "aot"):
+        for part in ("cases", "bench", *(["aot"] if "triton" in info.backends else [])):
             assert registry.operators()[info.name].has_part(part)
 
 
@@ -102,9 +157,9 @@ def test_a_mutating_operator_bumps_the_version_of_its_argument():
     def add_one_(x: torch.Tensor) -> None:
         x.add_(1)
 
-    add_one_.__module__ = "pared_kernels.ops.dato_match.reference"
+    add_one_.__module__ = "pared_kernels.ops.test_add_one.reference"
     try:
-        operator = registry.define(add_one_, lambda x: None, name="test_add_one", mutates=["x"])
+        operator = registry.define(add_one_, lambda x: None, mutates=["x"])
         x = torch.zeros(2)
         y = torch.ones(2, requires_grad=True) * x
         with pared_kernels.use("reference"):
@@ -114,6 +169,77 @@ def test_a_mutating_operator_bumps_the_version_of_its_argument():
             y.sum().backward()
     finally:
         forget("test_add_one")
+
+
+APPEND_INIT = """
+from torch import Tensor
+
+from pared_kernels.registry import define
+
+from . import reference
+
+__all__ = ["append"]
+
+_operator = define(reference.append, lambda rows, cache, start: None, mutates=["cache"])
+
+
+def append(rows, cache, start):
+    _operator(rows, cache, start)
+"""
+
+APPEND = """
+from torch import Tensor
+
+
+def append(rows: Tensor, cache: Tensor, start: int) -> None:
+    cache[start : start + rows.shape[0]] = rows{change}
+"""
+
+APPEND_CASES = """
+import torch
+from pared_kernels.check import FLOATS, Case, every_layout
+
+
+def cases(seed):
+    for dtype in FLOATS:
+        for layout, cache in every_layout(torch.zeros(5, 3, dtype=dtype)):
+            yield Case(f"{dtype} {layout}", (torch.ones(2, 3, dtype=dtype), cache, 2))
+"""
+
+
+@pytest.mark.parametrize(("change", "status"), [("", "passed"), (" + 0.5", "failed")])
+def test_what_an_operator_writes_in_place_is_checked(change, status, tmp_path, monkeypatch):
+    folder = tmp_path / "added_append"
+    folder.mkdir()
+    texts = {"__init__": APPEND_INIT, "reference": APPEND.format(change=""), "cases": APPEND_CASES}
+    for name, text in {**texts, "cpu": APPEND.format(change=change)}.items():
+        (folder / f"{name}.py").write_text(text)
+    monkeypatch.setattr(ops, "__path__", [*ops.__path__, str(tmp_path)])
+    try:
+        outcomes = check.run(["added_append"], "cpu", device="cpu")
+        assert len(outcomes) == 16
+        assert {outcome.status for outcome in outcomes} == {status}
+        arguments = next(iter(registry.operators()["added_append"].part("cases").cases(0))).arguments
+        torch.library.opcheck(registry.operators()["added_append"].op, arguments)
+    finally:
+        forget_folder("added_append", "append")
+
+
+@pytest.mark.parametrize(
+    ("reference", "mutates", "message"),
+    [
+        ("def op(x: Tensor) -> Tensor: return x + 1", ["out"], "'out' is no argument of op"),
+        ("def op(x: Tensor, *, scale: float) -> Tensor: return x * scale", [], "keyword-only"),
+        ("def op(x: Tensor) -> Tensor: return x", [], "there is an operator 'dato_match' already"),
+    ],
+)
+def test_a_reference_that_cannot_be_an_operator_is_refused(reference, mutates, message):
+    folder = "dato_match" if "already" in message else "test_refused"
+    names = {"Tensor": torch.Tensor, "__name__": f"pared_kernels.ops.{folder}.reference"}
+    exec(reference, names)
+    with pytest.raises(ValueError, match=message):
+        registry.define(names["op"], lambda *arguments: None, mutates=mutates)
+    assert "test_refused" not in registry.operators()
 
 
 def test_imports_and_runs_without_triton():

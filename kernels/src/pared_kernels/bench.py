@@ -24,7 +24,8 @@ class BenchCase:
 
     `bytes` and `flops` are what the operator must at least read, write and compute, `matrix` tells that the arithmetic
     is matrix products in `dtype`. `baselines` holds other ways to the same result, called with the same arguments;
-    "torch" is plain torch, further ones are public kernels.
+    "torch" is plain torch, further ones are public kernels. An operator that writes in place gets the same tensors in
+    every run.
     """
 
     label: str

@@ -21,9 +21,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class Case:
     """One set of arguments that an operator's `cases.py` yields.
 
-    `compare(actual, expected)` returns what is wrong, or None; without it, floating outputs must be within `tolerance`
-    of the float64 reference, relative to the largest expected magnitude, and all others equal. The default tolerance is
-    four units of the output's last place (at least 1e-6).
+    What is compared are the outputs, then the arguments that the operator writes in place. `compare(actual, expected)`
+    returns what is wrong, or None; without it, floating outputs must be within `tolerance` of the float64 reference,
+    relative to the largest expected magnitude, and all others equal. The default tolerance is four units of the last
+    place of the output (at least 1e-6).
     """
 
     label: str
@@ -73,10 +74,10 @@ def check(operator: Operator, backend: str, case: Case, device: torch.device) ->
     reason = dispatch.why_not(operator, backend, arguments)
     if reason is not None:
         return Outcome(operator.name, backend, case.label, "skipped", reason)
-    expected = as_tuple(operator.reference(*(_doubled(value) for value in case.arguments)))
+    expected = results(operator, operator.reference, tuple(_doubled(value) for value in fresh(case.arguments)))
     try:
         with dispatch.use(**{operator.name: backend}):
-            actual = as_tuple(operator(*arguments))
+            actual = results(operator, operator, fresh(arguments))
     except Exception as error:  # a broken kernel is a finding, and the next case must still run
         return Outcome(operator.name, backend, case.label, "failed", f"{type(error).__name__}: {error}")
     actual = tuple(value.cpu() for value in actual)
@@ -103,16 +104,29 @@ def compare(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance:
 
 
 def every_layout(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield `tensor` contiguous, with gaps between rows, and with its last dimension strided."""
+    """Yield `tensor` contiguous, with gaps between rows, with its last dimension strided, and stored transposed."""
     yield "contiguous", tensor.contiguous()
     wide = torch.cat([tensor, torch.full_like(tensor, torch.nan)], dim=-1)
     yield "row gaps", wide[..., : tensor.shape[-1]]
     yield "strided", torch.stack([tensor, torch.full_like(tensor, torch.nan)], dim=-1)[..., 0]
+    yield "transposed", tensor.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    """Return an operator's outputs as a tuple of tensors."""
+    """Return an operator's outputs as a tuple of tensors: empty for one that only writes in place."""
+    if outputs is None:
+        return ()
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def results(operator: Operator, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Return the outputs of `function`, then those of `arguments` that `operator` writes in place."""
+    return as_tuple(function(*arguments)) + operator.written(arguments)
+
+
+def fresh(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return copies of the tensors in `arguments`, with their strides, so that an operator may write to them."""
+    return tuple(_strided_copy(value, value.device) if isinstance(value, Tensor) else value for value in arguments)
 
 
 def _doubled(value: Any) -> Any:
@@ -120,9 +134,13 @@ def _doubled(value: Any) -> Any:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    # A copy that keeps the strides: `.to` makes strided slices contiguous on another device.
-    if not isinstance(value, Tensor) or value.device == device:
-        return value
+    return _strided_copy(value, device) if isinstance(value, Tensor) and value.device != device else value
+
+
+def _strided_copy(value: Tensor, device: torch.device) -> Tensor:
+    # `.to` and `.clone` make strided slices contiguous.
+    if value.numel() == 0:
+        return value.to(device)
     span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    storage = value.as_strided((span,), (1,)).to(device)
-    return storage.as_strided(value.shape, value.stride())
+    storage = value.as_strided((span,), (1,)).to(device, copy=True)
+    return storage.as_strided(value.shape, value.stride(), 0)

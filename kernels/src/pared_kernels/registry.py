@@ -46,6 +46,13 @@ class Operator:
         self._implementations: dict[str, Callable[..., Any]] = {"reference": reference}
         self._unsupported: dict[str, Callable[..., str | None] | None] = {"reference": None}
         self.mutates = tuple(mutates)
+        parameters = inspect.signature(reference).parameters
+        names = [found.name for found in parameters.values() if found.kind is not found.KEYWORD_ONLY]
+        if len(names) < len(parameters):
+            raise ValueError(f"{reference.__name__} has keyword-only arguments; valid: arguments that are positional")
+        if unknown := [argument for argument in self.mutates if argument not in names]:
+            raise ValueError(f"mutates is {self.mutates}; {unknown[0]!r} is no argument of {reference.__name__}")
+        self._mutated = tuple(names.index(argument) for argument in self.mutates)
         schema = torch.library.infer_schema(reference, mutates_args=self.mutates)
         # `torch.library.custom_op` would do the same, but its first call imports all of torch._dynamo.
         self._library = torch.library.Library("pared", "FRAGMENT")
@@ -87,19 +94,23 @@ class Operator:
         """Whether the operator's folder has the module `name`."""
         return importlib.util.find_spec(f"{self.package}.{name}") is not None
 
-    def _run(self, *arguments: Any, **keywords: Any) -> Any:
-        values = (*arguments, *keywords.values())
-        backend = select(self, values)
+    def written(self, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
+        """Return the tensors among `arguments` that the operator writes in place."""
+        # The dispatcher leaves out trailing arguments that have their default value.
+        given = [arguments[position] for position in self._mutated if position < len(arguments)]
+        return tuple(value for value in given if isinstance(value, torch.Tensor))
+
+    def _run(self, *arguments: Any) -> Any:
+        backend = select(self, arguments)
         function = self.implementation(backend)
         if backend == "triton":
-            with device_guard(device_of(values)):
-                outputs = function(*arguments, **keywords)
+            with device_guard(device_of(arguments)):
+                outputs = function(*arguments)
         else:
-            outputs = function(*arguments, **keywords)
-        if self.mutates:
-            given = inspect.signature(self.reference).bind(*arguments, **keywords).arguments
+            outputs = function(*arguments)
+        if self._mutated:
             # Autograd learns that a tensor it may have saved has changed.
-            torch.autograd.graph.increment_version([given[name] for name in self.mutates])
+            torch.autograd.graph.increment_version(self.written(arguments))
         return outputs
 
 
@@ -117,21 +128,24 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    name: str | None = None,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
     mutates: Iterable[str] = (),
 ) -> Operator:
-    """Register the operator of a folder; called in its `__init__.py`.
+    """Register the operator of a folder, under the folder's name; called in its `__init__.py`.
 
     `reference` is the function of `reference.py`; its annotations give the schema. `fake` takes the same arguments and
     returns empty tensors of the right shape, dtype, device and strides. `backward` and `setup_context` are those of
-    `torch.library.register_autograd`. `mutates` names the arguments written in place. `name` is the folder's name,
-    unless the folder holds more than one operator.
+    `torch.library.register_autograd`. `mutates` names the arguments written in place.
+
+    Raises:
+        ValueError: for a folder that already has an operator, keyword-only arguments, or a wrong name in `mutates`.
     """
     package = reference.__module__.rpartition(".")[0]
+    if (present := _operators.get(package.rpartition(".")[2])) is not None:
+        raise ValueError(f"{package}: there is an operator {present.name!r} already, in {present.package}")
     operator = Operator(
-        name or package.rpartition(".")[2],
+        package.rpartition(".")[2],
         reference,
         fake,
         backward=backward,
@@ -139,9 +153,6 @@ def define(
         mutates=mutates,
         package=package,
     )
-    present = _operators.get(operator.name)
-    if present is not None and present.package != package:
-        raise ValueError(f"operator {operator.name!r} is defined in {present.package} and in {package}")
     _operators[operator.name] = operator
     return operator
 
