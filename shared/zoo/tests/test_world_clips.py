@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from pared_zoo.world import (
+    BACKGROUNDS,
     CLIP_KINDS,
     DIRECTIONS,
     SPEEDS,
@@ -15,6 +17,7 @@ from pared_zoo.world import (
     Move,
     Object,
     Program,
+    caption,
     clip_caption,
     detect,
     render,
@@ -135,6 +138,23 @@ def test_the_detector_finds_the_objects_where_the_boxes_are(clips):
             assert np.hypot(match.x - x, match.y - y) < 0.01
 
 
+def test_what_shows_in_a_frame_lies_in_the_boxes_of_that_frame():
+    side = 128
+    for clip in sample_clips(30, 503, 8, ClipDistribution(max_objects=1)):
+        ink = (render_clip(clip, side) != BACKGROUNDS[clip.background]).any(axis=-1)
+        for f in range(clip.frames):
+            assert ink[f].any() == clip.visible[f, 0]
+            if clip.visible[f, 0]:
+                (y0, *_, y1), (x0, *_, x1) = (np.flatnonzero(ink[f].any(axis=axis)) for axis in (1, 0))
+                shown, box = np.array([x0, y0, x1 + 1, y1 + 1]), clip.boxes[f, 0] * side
+                # A diamond's tips stick out by a twentieth of its radius; triangles and squares fill less than the box.
+                slack = 1.5 + 0.05 * clip.objects[0].radius * side
+                assert (shown[:2] > box[:2] - slack).all()
+                assert (shown[2:] < box[2:] + slack).all()
+                if clip.objects[0].shape in ("circle", "ring", "cross"):
+                    assert np.abs(shown - box).max() < 1.5
+
+
 @pytest.mark.parametrize("frames", [8, 9, 33])
 def test_clips_have_any_length_and_the_words_for_speed_hold(frames):
     for clip in sample_clips(30, 502, frames, ClipDistribution(kinds={"slow": 1, "fast": 1})):
@@ -164,6 +184,36 @@ def test_an_object_that_does_not_show_has_no_speed():
     assert clip.still_spans == ((0, 3), (6, 8))
 
 
+@pytest.mark.parametrize(
+    ("recolor", "appears", "changed"),
+    [((0, "blue"), 0, []), ((4, "red"), 0, []), ((9, "blue"), 0, []), ((4, "blue"), 6, [6]), ((4, "blue"), 0, [4])],
+)
+def test_a_new_colour_changes_a_frame_only_where_it_shows(recolor, appears, changed):
+    obj = Object("circle", "red", "small", "plain", 0.3, 0.5, 0.11)
+    clip = Clip((obj,), (Program(appears=appears, recolor=recolor),), "gray", "recolor", 8)
+    assert np.flatnonzero(clip.changed).tolist() == changed
+    video = render(clip.scenes, 32).astype(int)
+    assert np.flatnonzero(np.abs(np.diff(video, axis=0)).max(axis=(1, 2, 3))).tolist() == [f - 1 for f in changed]
+    assert np.array_equal(render_clip(clip, 32), video)
+
+
+def test_every_frame_has_a_caption(clips):
+    for clip in clips[:30]:
+        for scene in clip.scenes[:: FRAMES - 1]:
+            assert caption(scene).count(" and ") == (len(scene.objects) > 1)
+
+
+def test_captions_tell_in_which_order_objects_move(clips):
+    patterns = (r"first (?P<first>.*), then (?P<second>.*)", r"(?P<first>.*) before (?P<second>.*)",
+                r"(?P<second>.*) after (?P<first>.*)")  # fmt: skip
+    for clip in of_kind(clips, "order"):
+        for seed in (None, 0, 1, 2, 3):
+            text = clip_caption(clip, seed)
+            told = next(found for pattern in patterns if (found := re.search(pattern, text)))
+            assert clip.objects[0].shape in told["first"]
+            assert clip.objects[1].shape in told["second"]
+
+
 def test_captions_name_the_direction_of_every_move(clips):
     stem = {"left": "left", "right": "right", "up": ("up", "top"), "down": ("down", "bottom")}
     for i, clip in enumerate(of_kind(clips, "slow", "fast", "turn", "order", "burst")):
@@ -190,6 +240,14 @@ def test_captions_of_one_clip_differ_by_seed_and_repeat_for_one_seed(clips):
         (lambda: ClipDistribution(kinds={"order": 1.0}, max_objects=1), "kinds="),
         (lambda: ClipDistribution(max_objects=0), "max_objects=0"),
         (lambda: ClipDistribution(texture_weights=(1.0,)), "texture_weights="),
+        (lambda: Move(3, 3, "left", 0.1), "start=3 and stop=3"),
+        (lambda: Move(0, 3, "north", 0.1), "direction='north' must be one of left"),
+        (lambda: Program((Move(0, 4, "left", 0.1), Move(2, 6, "up", 0.1))), "must be in order"),
+        (lambda: Program(recolor=(3, "pink")), "recolor='pink'"),
+        (lambda: Clip((), (), "gray", "still", 8), "at least one, not 0 and 0"),
+        (lambda: Clip((), (), "pink", "still", 8), "background='pink'"),
+        (lambda: Clip((), (), "gray", "jump", 8), "kind='jump'"),
+        (lambda: Clip((), (), "gray", "pair", 8), "relation='None'"),
     ],
 )
 def test_wrong_input_is_named(call, argument):

@@ -46,12 +46,21 @@ def test_every_attribute_of_clean_pictures_is_read(found, scenes):
     assert min(tally(found, scenes).values()) > 0.995
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_every_attribute_of_a_thousand_clean_pictures_is_read(size):
+    scenes = sample_scenes(1000, 20263)
+    assert min(attribute_accuracy(render(scenes, size), scenes).values()) > 0.995
+
+
 def test_soft_and_noisy_pictures_are_read_nearly_as_well(pictures, scenes):
     accuracy = attribute_accuracy(soften(pictures[:40], 3), scenes[:40])
     assert min(accuracy.values()) > 0.95
 
 
-@pytest.mark.parametrize(("size", "pictures", "least"), [(32, 60, 0.995), (100, 12, 0.999), (128, 12, 0.999)])
+@pytest.mark.parametrize(
+    ("size", "pictures", "least"), [(32, 60, 0.995), (48, 20, 0.999), (100, 12, 0.999), (256, 12, 0.999)]
+)
 def test_other_resolutions_are_read(size, pictures, least):
     scenes = sample_scenes(pictures, 20262)
     assert attribute_accuracy(render(scenes, size), scenes)["mean"] > least

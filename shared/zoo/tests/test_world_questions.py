@@ -195,6 +195,8 @@ def test_a_kind_that_does_not_apply_gives_no_questions(scenes):
 
 
 def test_wrong_input_is_named(scenes, clips):
+    with pytest.raises(ValueError, match="shows no object"):
+        questions(Scene((), "gray", "list"), 0, 1)
     with pytest.raises(ValueError, match="n=-1"):
         questions(scenes[0], 0, -1)
     with pytest.raises(ValueError, match="taste"):

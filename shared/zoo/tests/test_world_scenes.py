@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 from pared_zoo.world import (
     BACKGROUNDS,
     COLORS,
+    SHAPES,
     Object,
     Scene,
     SceneDistribution,
@@ -122,6 +124,54 @@ def test_caption_names_every_attribute_in_all_its_paraphrases():
                 assert obj.texture == "plain" or obj.texture in text
 
 
+def test_paraphrases_of_a_pair_tell_the_relation_of_the_scene():
+    told = re.compile(rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b.*?(left of|right of|above|below)")
+    seen = set()
+    for i, scene in enumerate(sample_scenes(200, 16, SceneDistribution(kinds=(0, 0, 1, 0, 0)))):
+        for seed in (None, i, i + 1):
+            color, shape, relation = told.search(caption(scene, seed)).groups()
+            first = [k for k, o in enumerate(scene.objects) if (o.color, o.shape) == (color, shape)]
+            assert len(first) == 1
+            a, b = scene.objects[first[0]], scene.objects[1 - first[0]]
+            dx, dy = b.x - a.x, b.y - a.y
+            assert {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation] > 0
+            seen.add(first[0])
+    assert seen == {0, 1}
+
+
+def test_captions_tell_the_place_of_a_placed_object_and_the_number_of_equal_ones():
+    for i, scene in enumerate(sample_scenes(200, 17)):
+        if scene.place is not None:
+            assert scene.place in caption(scene, i)
+        if scene.kind == "count":
+            word = ("zero", "one", "two", "three", "four")[len(scene.objects)]
+            assert re.search(rf"\b{word} (small|large) .*s\b", caption(scene, i))
+
+
+def test_paraphrases_differ_and_repeat_for_a_seed():
+    scene = next(s for s in sample_scenes(50, 18) if s.kind == "pair")
+    assert len({caption(scene, i) for i in range(20)}) > 5
+    assert caption(scene, 4) == caption(scene, 4)
+    assert caption(scene) == caption(scene, None)
+
+
+def test_a_list_of_one_and_a_picture_of_nothing_have_captions_too():
+    obj = Object("ring", "orange", "small", "dotted", 0.5, 0.5, 0.11)
+    assert caption(Scene((obj,), "gray", "list")) == "a small dotted orange ring on a gray background"
+    assert caption(Scene((), "gray", "list")) == "nothing on a gray background"
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_a_picture_shows_the_same_at_every_resolution(size):
+    scenes = sample_scenes(20, 19)
+    small, large = render(scenes, 32).astype(float), render(scenes, size).astype(float)
+    assert large.shape == (20, size, size, 3)
+    k = size // 32
+    averaged = large.reshape(20, 32, k, 32, k, 3).mean(axis=(2, 4))
+    assert np.abs(averaged - small).mean() < 2
+    assert np.abs(averaged - small[::-1]).mean() > 10
+
+
 @pytest.mark.parametrize(
     ("call", "argument"),
     [
@@ -129,6 +179,16 @@ def test_caption_names_every_attribute_in_all_its_paraphrases():
         (lambda: render([], 8), "size=8"),
         (lambda: SceneDistribution(max_objects=5), "max_objects=5"),
         (lambda: SceneDistribution(kinds=(1.0, 2.0)), "kinds="),
+        (lambda: SceneDistribution(kinds=(0, 0, 1, 0, 0), max_objects=1), "max_objects=1"),
+        (lambda: Object("hexagon", "red", "small", "plain", 0.5, 0.5, 0.1), "shape='hexagon' must be one of circle"),
+        (lambda: Object("ring", "pink", "small", "plain", 0.5, 0.5, 0.1), "color='pink'"),
+        (lambda: Object("ring", "red", "huge", "plain", 0.5, 0.5, 0.1), "size='huge'"),
+        (lambda: Object("ring", "red", "small", "woolly", 0.5, 0.5, 0.1), "texture='woolly'"),
+        (lambda: Object("ring", "red", "small", "plain", 0.5, 0.5, 0.0), "radius=0.0"),
+        (lambda: Scene((), "pink", "list"), "background='pink'"),
+        (lambda: Scene((), "gray", "heap"), "kind='heap'"),
+        (lambda: Scene((), "gray", "pair"), "relation='None'"),
+        (lambda: Scene((), "gray", "placed", place="away"), "place='away'"),
         (lambda: SceneDistribution(texture_weights=(0.0, 0.0, 0.0)), "texture_weights="),
     ],
 )

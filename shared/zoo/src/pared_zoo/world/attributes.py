@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "diamond", "cross", "ring")
 
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -15,7 +17,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (244, 244, 244),
 }
 
-#: Radius of the bounding circle as a fraction of the image side.
+#: Half the side of an object's box, which is the radius of a circle, as a fraction of the image side.
 SIZES: dict[str, float] = {"small": 0.11, "large": 0.19}
 
 TEXTURES: tuple[str, ...] = ("plain", "striped", "dotted")
@@ -42,3 +44,13 @@ PLACES: dict[str, tuple[float, float]] = {
 TEXTURE_SHADE = 0.35
 
 COUNT_WORDS: tuple[str, ...] = ("zero", "one", "two", "three", "four")
+
+
+def check_word(name: str, word: str, valid: Collection[str]) -> None:
+    """Refuse a word that the world does not have.
+
+    Raises:
+        ValueError: if ``word`` is none of ``valid``; the message has ``name``, the word and what is valid.
+    """
+    if word not in valid:
+        raise ValueError(f"{name}={word!r} must be one of {', '.join(valid)}")

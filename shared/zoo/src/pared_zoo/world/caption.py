@@ -34,6 +34,8 @@ def caption(scene: Scene, seed: int | None = None) -> str:
 
 
 def _subject(scene: Scene, rng: random.Random | None) -> str:
+    if not scene.objects:
+        return "nothing"
     first = scene.objects[0]
     if scene.kind == "single":
         return noun(first, rng)
@@ -48,8 +50,7 @@ def _subject(scene: Scene, rng: random.Random | None) -> str:
         return f"{noun(pair[0], rng)} {'to the ' if to_the else ''}{relation} {noun(pair[1], rng)}"
     if scene.kind == "count":
         return f"{COUNT_WORDS[len(scene.objects)]} {adjectives(first)} {plural(first.shape)}"
-    nouns = [noun(o, rng) for o in scene.objects]
-    return ", ".join(nouns[:-1]) + " and " + nouns[-1]
+    return listed([noun(o, rng) for o in scene.objects])
 
 
 def noun(obj: Object, rng: random.Random | None = None) -> str:
@@ -58,6 +59,11 @@ def noun(obj: Object, rng: random.Random | None = None) -> str:
         texture = "" if obj.texture == "plain" else f"{obj.texture} "
         return f"a {texture}{obj.color} {obj.shape} that is {obj.size}".replace("a orange", "an orange")
     return f"a {adjectives(obj)} {obj.shape}"
+
+
+def listed(nouns: list[str]) -> str:
+    """One or more nouns in a row, such as ``"a, b and c"``."""
+    return nouns[0] if len(nouns) == 1 else ", ".join(nouns[:-1]) + " and " + nouns[-1]
 
 
 def plural(shape: str) -> str:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from pared_zoo.world.attributes import BACKGROUNDS, COLORS, RELATIONS, SIZES
+from pared_zoo.world.attributes import BACKGROUNDS, COLORS, RELATIONS, SIZES, TEXTURES, check_word
 from pared_zoo.world.motion import SUBJECTS, Program, fold, move, sample_program
 from pared_zoo.world.render import render
 from pared_zoo.world.scene import GAP, MARGIN, RADIUS_JITTER, Object, Scene, choose, holds, sample_words
@@ -31,6 +31,10 @@ class Clip:
         frames: number of frames.
         relation: a word of ``RELATIONS`` that ``objects[0] relation objects[1]`` keep in every frame of a "pair", else
             None.
+
+    Raises:
+        ValueError: for a word that the world does not have, no objects, another number of programs than of objects, or
+            less than one frame.
     """
 
     objects: tuple[Object, ...]
@@ -39,6 +43,19 @@ class Clip:
     kind: str
     frames: int
     relation: str | None = None
+
+    def __post_init__(self) -> None:
+        check_word("background", self.background, BACKGROUNDS)
+        check_word("kind", self.kind, CLIP_KINDS)
+        if self.kind == "pair" or self.relation is not None:
+            check_word("relation", str(self.relation), RELATIONS)
+        if not self.objects or len(self.objects) != len(self.programs):
+            raise ValueError(
+                f"objects and programs must be equally many and at least one, not {len(self.objects)} and "
+                f"{len(self.programs)}"
+            )
+        if self.frames < 1:
+            raise ValueError(f"frames={self.frames!r} must be 1 or more")
 
     @property
     def centres(self) -> np.ndarray:
@@ -73,8 +90,10 @@ class Clip:
         different[1:] = (np.diff(self.centres, axis=0) != 0).any(axis=-1) & visible[1:]
         different[1:] |= visible[1:] != visible[:-1]
         for k, program in enumerate(self.programs):
-            if program.recolor is not None:
-                different[program.recolor[0], k] = True
+            if program.recolor is not None and program.recolor[1] != self.objects[k].color:
+                at = program.recolor[0]
+                if 0 < at < self.frames:
+                    different[at, k] |= visible[at, k]
         return np.asarray(different.any(axis=1))
 
     @property
@@ -125,8 +144,9 @@ class ClipDistribution:
             raise ValueError(f"max_objects={self.max_objects!r} must be 1 to 4")
         if any(weight < 0 for weight in self.kinds.values()) or not self.possible:
             raise ValueError(f"kinds={dict(self.kinds)!r} must have weights >= 0, one of a possible kind positive")
-        if len(self.texture_weights) != 3 or min(self.texture_weights) < 0 or sum(self.texture_weights) <= 0:
-            raise ValueError(f"texture_weights={self.texture_weights!r} must be 3 weights >= 0 with a positive sum")
+        weights = self.texture_weights
+        if len(weights) != len(TEXTURES) or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"texture_weights={weights!r} must be {len(TEXTURES)} weights >= 0 with a positive sum")
 
     @property
     def possible(self) -> dict[str, float]:
@@ -148,7 +168,11 @@ def sample_clips(n: int, seed: int, frames: int = 16, distribution: ClipDistribu
 
 
 def iter_clips(seed: int, frames: int = 16, distribution: ClipDistribution | None = None) -> Iterator[Clip]:
-    """The endless stream whose first ``n`` elements ``sample_clips(n, seed, ...)`` returns."""
+    """The endless stream whose first ``n`` elements ``sample_clips(n, seed, ...)`` returns.
+
+    Raises:
+        ValueError: if ``frames`` is less than 8.
+    """
     if frames < MIN_FRAMES:
         raise ValueError(f"frames={frames!r} must be {MIN_FRAMES} or more")
     return _stream(np.random.default_rng(seed), frames, distribution or ClipDistribution())
@@ -171,7 +195,7 @@ def render_clips(clips: Sequence[Clip], size: int = 64) -> np.ndarray:
     """Draw clips of equal length at once, as uint8 (clips, frames, size, size, 3).
 
     Raises:
-        ValueError: if the clips differ in length.
+        ValueError: if the clips differ in length or ``size`` is out of range.
     """
     lengths = sorted({c.frames for c in clips})
     if len(lengths) > 1:

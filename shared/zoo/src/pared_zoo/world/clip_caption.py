@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from pared_zoo.world.attributes import COUNT_WORDS
-from pared_zoo.world.caption import adjectives, noun, pick, plural
+from pared_zoo.world.caption import adjectives, listed, noun, pick, plural
 from pared_zoo.world.clip import Clip
 from pared_zoo.world.motion import Move, Program
 
@@ -40,7 +40,7 @@ def _story(clip: Clip, rng: random.Random | None) -> str:
         return f"{subject} {_action(clip, 0, rng, many=True)}"
     if clip.kind == "still":
         verb = _verb(("stays still", "does not move", "stands still"), rng, many=len(names) > 1)
-        return f"{_listed(names)} {verb}"
+        return f"{listed(names)} {verb}"
     if clip.relation is not None:
         return f"{names[0]} is {clip.relation} {names[1]} and both {_action(clip, 0, rng, many=True)}"
     others = names[1:]
@@ -60,7 +60,7 @@ def _story(clip: Clip, rng: random.Random | None) -> str:
     if not others:
         return story
     verb = _verb(("stays still", "does not move", "stands still"), rng, many=len(others) > 1)
-    return f"{story} while {_listed(others)} {verb}"
+    return f"{story} while {listed(others)} {verb}"
 
 
 def _action(clip: Clip, k: int, rng: random.Random | None, many: bool = False) -> str:
@@ -110,7 +110,3 @@ def _verb(options: tuple[str, ...], rng: random.Random | None, many: bool) -> st
         return verb
     word, _, rest = verb.partition(" ")
     return f"{'do' if word == 'does' else word[:-1]} {rest}".rstrip()
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

@@ -40,7 +40,7 @@ class DetectedObject:
     Attributes:
         shape, color, size, texture: words from ``pared_zoo.world.attributes``.
         x, y: centre as fractions of the side, x to the right and y downwards.
-        radius: radius of the bounding circle as a fraction of the side.
+        radius: half the side of the box as a fraction of the image side.
         explained: how much of a perfect drawing of this object the picture holds; 1 is all of it.
     """
 
@@ -209,6 +209,11 @@ def _coarse(side: int) -> tuple[int, int, float]:
     return (1, 1, 0.0) if side >= 48 else (1, 2, 0.25)
 
 
+def _fine(side: int) -> tuple[int, int, float]:
+    """(radii, shifts, reach) of the templates at a place: below 48 pixels dots are so small that an eighth matters."""
+    return (5, 9, 1.0) if side >= 48 else (9, 17, 1.0)
+
+
 @lru_cache(maxsize=16)
 def _spectra(side: int, size: str) -> np.ndarray:
     """Conjugate spectra of the searching templates of a size, (templates, 1, side, side // 2 + 1)."""
@@ -227,7 +232,7 @@ def _fit(
 ) -> list[tuple[float, DetectedObject]]:
     """(gain, object) of the best words, centre and radius of ``size`` near each (picture, row, column) of ``index``."""
     side = contrast.shape[-1]
-    bank = _bank(side, size, 5, 9, 1.0)
+    bank = _bank(side, size, *_fine(side))
     at = np.arange(2 * bank.half + 1)
     padded = np.pad(contrast, ((0, 0), (0, 0), (bank.half, bank.half), (bank.half, bank.half)))
     picture, y, x = index.T

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from pared_zoo.world.attributes import COLORS, check_word
 from pared_zoo.world.scene import choose
 
 #: Unit steps (x, y) with y downwards.
@@ -23,12 +25,20 @@ class Move:
         start, stop: the object leaves its place after frame ``start`` and reaches its new one at frame ``stop``.
         direction: a word of ``DIRECTIONS``.
         step: distance from one frame to the next, as a fraction of the picture side.
+
+    Raises:
+        ValueError: for an unknown direction, or frames that are not 0 <= start < stop.
     """
 
     start: int
     stop: int
     direction: str
     step: float
+
+    def __post_init__(self) -> None:
+        check_word("direction", self.direction, DIRECTIONS)
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"start={self.start!r} and stop={self.stop!r} must be frames with 0 <= start < stop")
 
     @property
     def distance(self) -> float:
@@ -46,6 +56,9 @@ class Program:
         appears: first frame in which the object shows.
         vanishes: first frame in which it no longer shows, or None.
         recolor: (frame, colour) from which on it has another colour, or None.
+
+    Raises:
+        ValueError: if moves overlap or are out of order, or for a colour that the world does not have.
     """
 
     moves: tuple[Move, ...] = ()
@@ -53,6 +66,12 @@ class Program:
     appears: int = 0
     vanishes: int | None = None
     recolor: tuple[int, str] | None = None
+
+    def __post_init__(self) -> None:
+        if any(after.start < before.stop for before, after in pairwise(self.moves)):
+            raise ValueError(f"moves={self.moves!r} must be in order and not overlap")
+        if self.recolor is not None:
+            check_word("recolor", self.recolor[1], COLORS)
 
     def offsets(self, frames: int) -> np.ndarray:
         """Way from the first place, (frames, 2) as (x, y) fractions of the side, before any bounce."""

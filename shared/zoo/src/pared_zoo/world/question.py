@@ -55,11 +55,13 @@ def questions(subject: Scene | Clip, seed: int, n: int, kinds: Sequence[str] | N
         kinds: ask only these.
 
     Raises:
-        ValueError: if ``n`` is negative or a kind is unknown for this subject.
+        ValueError: if ``n`` is negative, a kind is unknown for this subject, or the subject shows no object.
     """
     makers = cast(Makers, clip_makers() if isinstance(subject, Clip) else SCENE_QUESTIONS)
     if n < 0:
         raise ValueError(f"n={n!r} must be >= 0")
+    if not subject.objects:
+        raise ValueError("subject shows no object, so there is nothing to ask about")
     unknown = [k for k in kinds or () if k not in makers]
     if unknown:
         raise ValueError(f"kinds has {unknown[0]!r}; for a {type(subject).__name__} valid are {', '.join(makers)}")

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from pared_zoo.world.attributes import BACKGROUNDS, COLORS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES
+from pared_zoo.world.attributes import (
+    BACKGROUNDS,
+    COLORS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    check_word,
+)
 
 T = TypeVar("T")
 
-#: Free space between the bounding circles of two objects, and between an object and the border (fractions of the side).
+#: Free space between the circles in the boxes of two objects, and between a box and the border (fractions of the side).
 GAP = 0.04
 MARGIN = 0.02
 #: How much further apart two objects must be along the axis of a relation than along the other one.
@@ -31,7 +39,10 @@ class Object:
     Attributes:
         shape, color, size, texture: words from ``pared_zoo.world.attributes``.
         x, y: centre as fractions of the image side, x to the right and y downwards.
-        radius: radius of the bounding circle as a fraction of the side.
+        radius: half the side of the layout box as a fraction of the image side.
+
+    Raises:
+        ValueError: for a word that the world does not have, or a radius that is not positive.
     """
 
     shape: str
@@ -41,6 +52,14 @@ class Object:
     x: float
     y: float
     radius: float
+
+    def __post_init__(self) -> None:
+        check_word("shape", self.shape, SHAPES)
+        check_word("color", self.color, COLORS)
+        check_word("size", self.size, SIZES)
+        check_word("texture", self.texture, TEXTURES)
+        if not self.radius > 0:
+            raise ValueError(f"radius={self.radius!r} must be positive")
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -58,12 +77,17 @@ class Scene:
     """Objects on a background, and what a caption may say about their arrangement.
 
     Attributes:
-        objects: one to four objects; in a "pair" the relation reads ``objects[0] relation objects[1]``.
+        objects: one to four objects, none in a frame of a clip that shows none; in a "pair" the relation reads
+            ``objects[0] relation objects[1]``.
         background: a word of ``BACKGROUNDS``.
         kind: one of ``KINDS``: a single object, one with a named place, a related pair, equal objects to count, or a
             list.
         relation: a word of ``RELATIONS`` for a pair, else None.
         place: a word of ``PLACES`` for a placed object, else None.
+
+    Raises:
+        ValueError: for a word that the world does not have, or a pair without a relation or a placed object without a
+            place.
     """
 
     objects: tuple[Object, ...]
@@ -71,6 +95,14 @@ class Scene:
     kind: str
     relation: str | None = None
     place: str | None = None
+
+    def __post_init__(self) -> None:
+        check_word("background", self.background, BACKGROUNDS)
+        check_word("kind", self.kind, KINDS)
+        if self.kind == "pair" or self.relation is not None:
+            check_word("relation", str(self.relation), RELATIONS)
+        if self.kind == "placed" or self.place is not None:
+            check_word("place", str(self.place), PLACES)
 
     @property
     def boxes(self) -> tuple[tuple[float, float, float, float], ...]:
@@ -84,7 +116,7 @@ class SceneDistribution:
 
     Attributes:
         kinds: relative weights of ``KINDS``.
-        max_objects: 1 to 4; limits counts and lists.
+        max_objects: 1 to 4; kinds that need more objects than allowed are not drawn.
         texture_weights: relative weights of ``TEXTURES``.
     """
 
@@ -97,6 +129,8 @@ class SceneDistribution:
             raise ValueError(f"max_objects={self.max_objects!r} must be 1 to 4")
         if len(self.kinds) != len(KINDS) or min(self.kinds) < 0 or sum(self.kinds) <= 0:
             raise ValueError(f"kinds={self.kinds!r} must be {len(KINDS)} weights >= 0 with a positive sum, for {KINDS}")
+        if self.possible.sum() <= 0:
+            raise ValueError(f"kinds={self.kinds!r} has no kind that max_objects={self.max_objects} allows")
         if (
             len(self.texture_weights) != len(TEXTURES)
             or min(self.texture_weights) < 0
@@ -105,6 +139,12 @@ class SceneDistribution:
             raise ValueError(
                 f"texture_weights={self.texture_weights!r} must be {len(TEXTURES)} weights >= 0 with a positive sum"
             )
+
+    @property
+    def possible(self) -> np.ndarray:
+        """Weights of ``KINDS``, float64 (5,), with 0 where ``max_objects`` does not allow the kind."""
+        fewest = np.array([1, 1, 2, 2, 3])
+        return np.where(fewest <= self.max_objects, np.asarray(self.kinds, dtype=np.float64), 0.0)
 
 
 def sample_scenes(n: int, seed: int, distribution: SceneDistribution | None = None) -> list[Scene]:
@@ -123,11 +163,7 @@ def iter_scenes(seed: int, distribution: SceneDistribution | None = None) -> Ite
     """The endless stream whose first ``n`` elements ``sample_scenes(n, seed)`` returns."""
     distribution = distribution or SceneDistribution()
     rng = np.random.default_rng(seed)
-    kinds = np.asarray(distribution.kinds, dtype=np.float64)
-    if distribution.max_objects == 1:
-        kinds[2:] = 0.0
-    if distribution.max_objects == 2:
-        kinds[4] = 0.0
+    kinds = distribution.possible
     kind_edges = np.cumsum(kinds / kinds.sum())
     textures = np.asarray(distribution.texture_weights, dtype=np.float64)
     texture_edges = np.cumsum(textures / textures.sum())
@@ -213,11 +249,3 @@ def _distinct(rng: np.random.Generator, texture_edges: np.ndarray, n: int) -> li
 def choose(rng: np.random.Generator, options: tuple[T, ...]) -> T:
     """Draw one of ``options``, all equally likely."""
     return options[int(rng.integers(len(options)))]
-
-
-def moved(scene: Scene, centres: np.ndarray) -> Scene:
-    """The scene with its objects at ``centres`` of shape (objects, 2)."""
-    objects = tuple(
-        dataclasses.replace(o, x=float(x), y=float(y)) for o, (x, y) in zip(scene.objects, centres, strict=True)
-    )
-    return dataclasses.replace(scene, objects=objects)
