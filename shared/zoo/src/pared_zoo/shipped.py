@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -49,12 +50,16 @@ def load(name: str) -> Any:
 
 
 def card(name: str) -> str:
-    """The model card in Markdown."""
+    """The model card of a shipped model in Markdown.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``path``.
+    """
     return (path(name) / "README.md").read_text(encoding="utf-8")
 
 
 def ship(exported: Path, name: str) -> Path:
-    """Copy an exported and measured model into the package, from where the wheel takes it.
+    """Copy an exported and measured model into the package, from where the wheel takes it; returns its folder.
 
     Raises:
         ValueError: for an unknown name, a model without measurements, or weights beyond ``MAX_BYTES``.
@@ -68,6 +73,11 @@ def ship(exported: Path, name: str) -> Path:
         raise ValueError(f"exported={str(exported)!r} holds {size} bytes of weights; at most {MAX_BYTES} are shipped")
     with replace_folder(FOLDER / name) as target:
         shutil.copytree(exported, target, dirs_exist_ok=True)
+        for file in target.rglob("config.json"):
+            config = json.loads(file.read_text(encoding="utf-8"))
+            # diffusers notes where a part was loaded from: a folder of the machine that trained it.
+            if config.pop("_name_or_path", None) is not None:
+                file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return FOLDER / name
 
 
@@ -82,7 +92,12 @@ def replace_folder(target: Path) -> Iterator[Path]:
         old = target.with_name(f".{target.name}.{os.getpid()}.old")
         if target.exists():
             target.replace(old)
-        temporary.replace(target)
+        try:
+            temporary.replace(target)
+        except OSError:
+            if old.exists():
+                old.replace(target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -17,6 +17,9 @@ def write_card(folder: Path, recipe: Recipe) -> Path:
     title = (module.__doc__ or "").strip().splitlines()[0] if module else recipe.name
     schedule = facts["schedule"]
     samples = facts["steps"] * schedule["batch_size"]
+    command = f"pared zoo train {recipe.name} --size {facts['size']} --seed {facts['seed']}"
+    if facts["steps"] != recipe.schedule.steps:
+        command += f" --steps {facts['steps']}"
     lines = [
         "---",
         "license: apache-2.0",
@@ -35,7 +38,7 @@ def write_card(folder: Path, recipe: Recipe) -> Path:
         f"Size `{facts['size']}`, {facts['parameters']:,} trained parameters, seed {facts['seed']}: {facts['steps']:,} "
         f"steps of {schedule['batch_size']} samples ({samples:,} in all), peak learning rate "
         f"{schedule['learning_rate']:g}, averaged weights with decay {schedule['ema_decay']:g}. "
-        f"Repeat it with `pared zoo train {recipe.name} --size {facts['size']} --seed {facts['seed']}`.",
+        f"Repeat it with `{command}`.",
         "",
         "![loss](loss.png)",
         "",
@@ -43,7 +46,7 @@ def write_card(folder: Path, recipe: Recipe) -> Path:
         "",
         "| quantity | value |",
         "|---|---|",
-        *(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in metrics.items()),
+        *(f"| {name.replace('_', ' ')} | {_number(value)} |" for name, value in metrics.items()),
         "",
         "## Limits",
         "",
@@ -54,3 +57,7 @@ def write_card(folder: Path, recipe: Recipe) -> Path:
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     temporary.replace(target)
     return target
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

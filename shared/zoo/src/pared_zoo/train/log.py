@@ -6,14 +6,22 @@ import csv
 import shutil
 from pathlib import Path
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
 
 #: Steps averaged into one row.
 ROW_STEPS = 20
 
 
 class LossLog:
-    """Means of every loss term over windows of ``ROW_STEPS`` steps, in ``folder/loss.csv``."""
+    """Means of every loss term over windows of ``ROW_STEPS`` steps, in ``folder/loss.csv``.
+
+    Args:
+        folder: where the file lies.
+        start: steps already done; rows of later steps, which an interrupted run may have left, are dropped.
+        enabled: whether this process writes the file.
+    """
 
     def __init__(self, folder: Path, start: int, enabled: bool = True) -> None:
         self.path = folder / "loss.csv"
@@ -23,7 +31,10 @@ class LossLog:
         self._before = float(self._rows[-1]["seconds"]) if self._rows else 0.0
 
     def add(self, step: int, seconds: float, terms: dict[str, torch.Tensor]) -> None:
-        """Remember the terms of one step without waiting for the device."""
+        """Remember the scalar terms of one step, numbered from 0, without waiting for the device.
+
+        ``seconds`` are counted from the start of this process's run.
+        """
         self._window.append((step, seconds, {k: v.detach() for k, v in terms.items()}))
         if len(self._window) == ROW_STEPS:
             self._close_window()
@@ -49,16 +60,14 @@ class LossLog:
 
     def plot(self, target: Path) -> None:
         """Draw every term over steps."""
-        import matplotlib
-        from matplotlib.figure import Figure
-
-        matplotlib.rcParams["font.size"] = 8
         names = [n for n in (self._rows[0] if self._rows else {}) if n not in ("step", "seconds")]
-        figure = Figure(figsize=(2.6 * max(1, len(names)), 2.2), layout="constrained")
-        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0] if names else (), names, strict=True):
-            axes.plot([int(r["step"]) for r in self._rows], [float(r[name]) for r in self._rows], linewidth=0.8)
-            axes.set(title=name, xlabel="step", yscale="log")
-        figure.savefig(target, dpi=90)
+        with matplotlib.rc_context({"font.size": 8}):
+            figure = Figure(figsize=(2.6 * max(1, len(names)), 2.2), layout="constrained")
+            panels = figure.subplots(1, len(names), squeeze=False)[0] if names else ()
+            for axes, name in zip(panels, names, strict=True):
+                axes.plot([int(r["step"]) for r in self._rows], [float(r[name]) for r in self._rows], linewidth=0.8)
+                axes.set(title=name, xlabel="step", yscale="log")
+            figure.savefig(target, dpi=90)
 
     def _close_window(self) -> None:
         step, seconds, _ = self._window[-1]
