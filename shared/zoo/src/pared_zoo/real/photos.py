@@ -7,22 +7,24 @@ from pathlib import Path
 
 import numpy as np
 
+from pared_zoo.real.wheels import EXTRA
+
 #: Colour photographs inside the wheel; the others of ``skimage.data`` would be downloaded.
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
 
 
 @lru_cache(maxsize=1)
 def photos() -> tuple[np.ndarray, ...]:
-    """Colour photographs as uint8 arrays (height, width, 3).
+    """Colour photographs of ``PHOTOS`` as uint8 arrays (height, width, 3), read once; copy before writing into them.
 
     Raises:
-        ModuleNotFoundError: if scikit-image is absent; the message names the extra to install.
+        ModuleNotFoundError: if scikit-image is absent; the message has the line to type.
     """
     try:
         import skimage
         from skimage.io import imread
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("photos need scikit-image: pip install 'pared-zoo[real]'") from error
+        raise ModuleNotFoundError(f"photos need scikit-image: {EXTRA}", name="skimage") from error
     folder = Path(skimage.__file__).parent / "data"
     return tuple(np.ascontiguousarray(imread(folder / name)[..., :3]) for name in PHOTOS)
 
@@ -39,8 +41,11 @@ def photo_crops(n: int, size: int, seed: int) -> np.ndarray:
         uint8 array (n, size, size, 3), RGB.
 
     Raises:
-        ValueError: if ``size`` is larger than the smallest photograph allows.
+        ValueError: if ``n`` is negative, or ``size`` below 8 or larger than the smallest photograph.
+        ModuleNotFoundError: if scikit-image is absent; the message has the line to type.
     """
+    if n < 0:
+        raise ValueError(f"n={n!r} must be >= 0")
     pictures = photos()
     smallest = min(min(p.shape[:2]) for p in pictures)
     if not 8 <= size <= smallest:
