@@ -1,0 +1,102 @@
+"""Every trained model in the package is complete and loads through its real class."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import diffusers
+import pared_zoo
+import pytest
+import torch
+import transformers
+from pared_zoo.shipped import FOLDER, MAX_BYTES
+from safetensors import safe_open
+
+SHIPPED = [name for name in pared_zoo.models() if (FOLDER / name).is_dir()]
+every_model = pytest.mark.parametrize("name", SHIPPED)
+
+
+def real_class(name: str) -> type:
+    """The class that the model's own configuration names."""
+    folder = pared_zoo.path(name)
+    index = folder / "model_index.json"
+    config = json.loads((index if index.exists() else folder / "config.json").read_text())
+    if "_class_name" in config:
+        return getattr(diffusers, config["_class_name"])
+    return getattr(transformers, config["architectures"][0])
+
+
+def parts(model) -> list[torch.nn.Module]:
+    components = model.components.values() if isinstance(model, diffusers.DiffusionPipeline) else [model]
+    return [part for part in components if isinstance(part, torch.nn.Module)]
+
+
+def test_there_are_no_folders_without_a_recipe_and_no_leftovers():
+    assert sorted(p.name for p in FOLDER.iterdir()) == SHIPPED
+
+
+@every_model
+def test_the_real_class_loads_what_load_returns(name):
+    direct, ours = real_class(name).from_pretrained(pared_zoo.path(name)), pared_zoo.load(name)
+    assert type(direct) is type(ours)
+    for a, b in zip(parts(direct), parts(ours), strict=True):
+        assert not b.training
+        assert {p.dtype for p in b.parameters()} == {torch.float32}
+        assert all(torch.equal(p.float(), q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+        assert all(torch.isfinite(p).all() for p in b.parameters())
+
+
+@every_model
+def test_weights_are_half_precision_safetensors_of_at_most_8_mib(name):
+    files = list(pared_zoo.path(name).rglob("*.safetensors"))
+    assert 0 < sum(file.stat().st_size for file in files) <= MAX_BYTES
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            assert {weights.get_slice(key).get_dtype() for key in weights.keys()} <= {"F16", "I64"}  # noqa: SIM118
+    assert not [p for p in pared_zoo.path(name).rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".tmp")]
+
+
+@every_model
+def test_facts_numbers_log_plot_and_card_are_there_and_agree(name):
+    folder, card = pared_zoo.path(name), pared_zoo.card(name)
+    facts = json.loads((folder / "training.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert facts["name"] == name
+    assert f"# {name}" in card
+    assert f"{facts['parameters']:,} trained parameters" in card
+    assert f"{facts['steps']:,} steps" in card
+    assert all(f"| {quantity.replace('_', ' ')} |" in card for quantity in metrics)
+    with (folder / "loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert int(rows[-1]["step"]) == facts["steps"]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@every_model
+def test_no_file_names_a_folder_of_the_machine_that_trained_it(name):
+    texts = [(p, p.read_text()) for p in pared_zoo.path(name).rglob("*") if p.suffix in (".json", ".md")]
+    assert [str(p) for p, text in texts if "_name_or_path" in text or str(FOLDER.parent) in text] == []
+
+
+@pytest.mark.skipif("vae-world" not in SHIPPED, reason="vae-world is not trained here")
+def test_vae_world_codes_pictures_of_other_sizes_by_a_factor_of_four():
+    vae = pared_zoo.load("vae-world")
+    with torch.no_grad():
+        latents = vae.encode(torch.zeros(1, 3, 48, 96)).latent_dist.mean
+        assert latents.shape == (1, 4, 12, 24)
+        assert vae.decode(latents).sample.shape == (1, 3, 48, 96)
+
+
+@pytest.mark.skipif("sd-world" not in SHIPPED, reason="sd-world is not trained here")
+def test_sd_world_paints_the_same_picture_for_the_same_seed():
+    pipe = pared_zoo.load("sd-world")
+
+    def paint(prompt):
+        generator = torch.Generator().manual_seed(3)
+        return pipe(prompt, num_inference_steps=2, generator=generator, output_type="pt").images
+
+    picture = paint("a large red circle on a gray background")
+    assert picture.shape == (1, 3, 64, 64)
+    assert torch.equal(picture, paint("a large red circle on a gray background"))
+    assert not torch.equal(picture, paint("a small blue square on a navy background"))
