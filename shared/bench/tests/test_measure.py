@@ -34,6 +34,12 @@ def test_fused_attention_on_the_processor_counts() -> None:
     assert count.total == 2 * 2 * (2 * 16 * 16 * 8)
 
 
+def test_fused_attention_counts_where_torch_has_no_formula_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    monkeypatch.delitem(flop_registry, operator, raising=False)
+    test_fused_attention_on_the_processor_counts()
+
+
 def test_nothing_is_computed_on_the_meta_device() -> None:
     huge = torch.empty(10**6, 10**6, device="meta")
     assert flops(lambda: huge @ huge).total == 2 * 10**18

@@ -57,7 +57,8 @@ def cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Integral):
-        return f"{int(value):,}" if abs(value) >= 10000 else str(int(value))
+        whole = int(value)
+        return f"{whole:,}" if abs(whole) >= 10000 else str(whole)
     if isinstance(value, Real):
         number = float(value)
         if number and not 1e-3 <= abs(number) < 1e15:
