@@ -13,7 +13,7 @@ from pared_zoo.recipes.base import Track
 from pared_zoo.world import Scene, caption
 from pared_zoo.world.attributes import BACKGROUNDS, COLORS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES
 
-STEPS = 1500
+STEPS = 1000
 BATCH_SIZE = 256
 LEARNING_RATE = 2e-3
 #: What is read off a caption, and how many answers there are; the first answer of the last three is "nothing said".

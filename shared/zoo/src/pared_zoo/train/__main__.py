@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from accelerate import PartialState
+
 from pared_zoo.shipped import models, ship
 from pared_zoo.train.loop import run
 
@@ -30,7 +32,7 @@ def main() -> None:
         steps=options.steps,
         compile=options.compile,
     )
-    if options.ship:
+    if options.ship and PartialState().is_main_process:
         ship(exported, options.name)
 
 
