@@ -83,6 +83,14 @@ def dit():
         ).eval()
 
 
+@pytest.fixture(scope="session")
+def zoo_pipe():
+    """The zoo's Stable Diffusion of the procedural world."""
+    import pared_zoo
+
+    return pared_zoo.load("sd-world")
+
+
 @pytest.fixture
 def small_unet():
     """Builds a two-level UNet of four units, quick enough for runs of many calls; keywords change its configuration."""

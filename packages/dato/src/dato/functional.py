@@ -6,7 +6,7 @@ int64 on the device of the input they index.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -160,16 +160,30 @@ def match_tokens(metric: Tensor, base_idx: Tensor, num_prune: int, *, recover: R
     candidates, base = _split(is_base, num_tokens - num_base)
     similarity, closest_base = best_match(metric, candidates, base)
     ranked = similarity.sort(dim=1, descending=True, stable=True).indices[:, :num_prune]
-    is_pruned = _membership(candidates.gather(1, ranked), num_tokens)
-    keep_idx, prune_idx = _split(is_pruned, num_tokens - num_prune)
-
-    gather_map = is_pruned.logical_not().cumsum(dim=1) - 1
     if recover == "kept":
-        source_pos = best_match(metric, prune_idx, keep_idx)[1]
-    else:
-        source = base.gather(1, closest_base.gather(1, ranked.sort(dim=1).values))
-        source_pos = gather_map.gather(1, source)
-    return TokenPlan(keep_idx, prune_idx, source_pos, gather_map.scatter(1, prune_idx, source_pos))
+        return plan_for_pruned(metric, candidates.gather(1, ranked))
+    source = base.gather(1, closest_base.gather(1, ranked.sort(dim=1).values))
+    return _plan(candidates.gather(1, ranked), num_tokens, lambda _keep, _prune, position: position.gather(1, source))
+
+
+def plan_for_pruned(metric: Tensor, pruned: Tensor) -> TokenPlan:
+    """The plan that prunes given tokens, each of which copies its closest kept token (section 3.5).
+
+    ``metric`` is ``(B, N, C)``, ``pruned`` ``(B, R)`` with ``R < N`` and without repetitions, in any order.
+    """
+    return _plan(pruned, metric.shape[1], lambda keep, prune, _position: best_match(metric, prune, keep)[1])
+
+
+def _plan(pruned: Tensor, num_tokens: int, sources: Callable[[Tensor, Tensor, Tensor], Tensor]) -> TokenPlan:
+    """The plan that prunes ``(B, R)`` tokens.
+
+    ``sources(keep_idx, prune_idx, position)`` gives ``source_pos``; ``position`` ``(B, N)`` is that of each kept token.
+    """
+    is_pruned = _membership(pruned, num_tokens)
+    keep_idx, prune_idx = _split(is_pruned, num_tokens - pruned.shape[1])
+    position = is_pruned.logical_not().cumsum(dim=1) - 1
+    source_pos = sources(keep_idx, prune_idx, position)
+    return TokenPlan(keep_idx, prune_idx, source_pos, position.scatter(1, prune_idx, source_pos))
 
 
 def prune_tokens(x: Tensor, plan: TokenPlan) -> Tensor:

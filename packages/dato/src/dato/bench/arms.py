@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dato.apply import applied
+from dato.bench.controls import random_pruning
 from dato.config import DaToConfig
 from dato.costs import UnitCosts, unit_costs
 from dato.policy import PRESET_CALLS, Policy
@@ -35,6 +36,7 @@ class Arm:
     solver: str = "pndm"
     """"pndm" or "dpm++" (DPM-Solver++ 2M)."""
     steps: int = STEPS
+    prunes_at_random: bool = False
 
 
 @dataclass
@@ -64,7 +66,11 @@ def sample(
     images, seconds, flops = [], 0.0, 0.0
     calls: dict[str, int] = {}
     latents = initial_latents(pipe, len(prompts), seed)
-    with _solver(pipe, arm.solver), applied(pipe, arm.config) if arm.config else nullcontext() as handle:
+    with (
+        _solver(pipe, arm.solver),
+        random_pruning(seed) if arm.prunes_at_random else nullcontext(),
+        applied(pipe, arm.config) if arm.config else nullcontext() as handle,
+    ):
         for start in track(range(0, len(prompts), BATCH), arm.name):
             batch = list(prompts[start : start + BATCH])
             began = _now(pipe.device)

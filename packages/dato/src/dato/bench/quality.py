@@ -61,6 +61,7 @@ def arms(pipe: Any, searched: Sequence[Policy] = ()) -> list[Arm]:
         ]
         if name == "sd15-coco":
             result += [
+                Arm(f"{name}: random pruned tokens", DaToConfig(policy=pruned), prunes_at_random=True),
                 Arm(f"{name}: random bases", DaToConfig(policy=pruned, selection="random")),
                 Arm(f"{name}: similarity bases (SiTo)", DaToConfig(policy=pruned, selection="similarity")),
                 Arm(f"{name}: ToMeSD-like", DaToConfig(policy=pruned, selection="random", recover="base")),
