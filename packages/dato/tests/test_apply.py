@@ -207,7 +207,10 @@ def pixart():
         out_channels=8,
         norm_type="ada_norm_single",
     )
-    inputs = {"encoder_hidden_states": torch.randn(2, 5, 12), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    inputs = {
+        "encoder_hidden_states": torch.randn(2, 5, 12),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
     return model, inputs, lambda block: (block.attn1,)
 
 

@@ -10,6 +10,7 @@ from dato.bench.controls import random_pruning
 from dato.pruning import match_tokens
 from pared_bench import BenchContext, DemoContext
 
+
 @pytest.fixture
 def few_prompts(monkeypatch):
     """Two prompts, so that a demo ends in seconds."""
