@@ -58,7 +58,8 @@ class Specialization:
 
     `types` gives the Triton type of every argument that is not in `constants` ("*fp16", "i32", "fp32"); `constants`
     holds the constexprs and the arguments that Triton turns into constants, such as a stride of 1. `aligned` names the
-    arguments that are multiples of 16, as pointers of torch tensors are.
+    arguments that are multiples of 16, as pointers of torch tensors are. `backend` is "cuda" or "hip" where the two are
+    launched differently; None: it is compiled for both.
     """
 
     kernel: Any
@@ -67,6 +68,7 @@ class Specialization:
     constants: Mapping[str, Any]
     options: Mapping[str, int] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
+    backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def compile_all(targets: Iterable[str] | None = None, ops: Iterable[str] | None 
         if operator.has_part("aot")
         for specialization in operator.part("aot").kernels()
         for place in chosen
+        if specialization.backend in (None, place.backend)
     ]
 
 

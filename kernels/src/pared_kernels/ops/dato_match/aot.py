@@ -25,14 +25,17 @@ def kernels() -> Iterator[Specialization]:
             options,
             aligned=("metric_ptr", "inverse_ptr", "tokens", *strides),
         )
-        constants, options = best_match_constants(320, dtype)
-        yield Specialization(
-            best_match_kernel,
-            f"{name} C320",
-            {"metric_ptr": f"*{name}", "inverse_ptr": "*fp32", "similarity_ptr": "*fp32"}
-            | dict.fromkeys(("query_ptr", "key_ptr", "position_ptr"), "*i64")
-            | dict.fromkeys(("tokens", "queries", "keys", "stride_query_batch", "stride_key_batch", *strides), "i32"),
-            {**constants, "stride_channel": 1, "stride_query": 1, "stride_key": 1},
-            options,
-            aligned=("metric_ptr", "inverse_ptr", "similarity_ptr", "query_ptr", "key_ptr", "position_ptr", *strides),
-        )
+        pointers = {"metric_ptr": f"*{name}", "inverse_ptr": "*fp32", "similarity_ptr": "*fp32"}
+        pointers |= dict.fromkeys(("query_ptr", "key_ptr", "position_ptr"), "*i64")
+        counts = ("tokens", "queries", "keys", "stride_query_batch", "stride_key_batch", *strides)
+        for backend in ("cuda", "hip"):
+            constants, options = best_match_constants(320, dtype, hip=backend == "hip")
+            yield Specialization(
+                best_match_kernel,
+                f"{name} C320",
+                pointers | dict.fromkeys(counts, "i32"),
+                {**constants, "stride_channel": 1, "stride_query": 1, "stride_key": 1},
+                options,
+                aligned=(*pointers, *strides),
+                backend=backend,
+            )
