@@ -13,6 +13,10 @@ from pared_bench.store import ResultStore
 
 PYPROJECT = '[project]\nname = "{0}"\nversion = "0.3"\n[project.entry-points."pared.methods"]\n{0} = "{0}"\n'
 BENCH = "from pared_bench import Record\ndef run(context, *, size: int = 1):\n    return [{0}]\n"
+BEYOND_A_BARE_MACHINE = (
+    *("typer", "rich", "pydantic", "jsonschema", "matplotlib", "PIL", "pynvml"),
+    *("nox", "pytest", "diffusers", "transformers", "triton"),
+)
 GOOD = 'Record("quick", "ours", "time", 1.0, "ms", {"size": size, "device": str(context.device)})'
 
 
@@ -130,7 +134,7 @@ def test_it_runs_with_nothing_but_the_path_and_without_the_terminal_libraries(tm
     source = Path(gpu.__file__).parents[1]
     program = (
         "import sys, runpy\n"
-        "for name in ('typer', 'rich', 'jsonschema', 'matplotlib', 'pydantic'):\n"
+        f"for name in {BEYOND_A_BARE_MACHINE!r}:\n"
         "    sys.modules[name] = None\n"
         f"sys.argv = ['gpu', '--steps', 'bench', '--device', 'cpu', '--out', {str(tmp_path)!r}]\n"
         "from pared_bench import registry\n"

@@ -57,7 +57,7 @@ def test_values_are_converted_by_annotation(tokens: list[str], expected: dict[st
 
 def test_an_unknown_option_lists_the_valid_ones_and_the_nearest() -> None:
     with pytest.raises(
-        OptionError, match=r"no option --promt. Did you mean --prompt\? Valid options: --prompt, --steps"
+        OptionError, match=r"no option --promt. Did you mean '--prompt'\? Valid options: --prompt, --steps"
     ):
         parse("--promt", "x")
 

@@ -27,7 +27,9 @@ def print_table(table: Table, console: Console | None = None) -> None:
     from rich.text import Text
 
     console = console or Console()
-    grid = RichTable(title=Text(table.title), title_justify="left", title_style="bold", box=None, pad_edge=False)
+    # a title of the table itself would be wrapped to the table's width
+    console.print(Text(table.title, style="bold"))
+    grid = RichTable(box=None, pad_edge=False)
     for index, name in enumerate(table.columns):
         right = all(is_number(row[index]) for row in table.rows)
         grid.add_column(Text(name), justify="right" if right else "left", header_style="dim")
