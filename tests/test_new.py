@@ -100,6 +100,23 @@ def test_a_folder_that_is_no_workspace_is_refused(tmp_path: Path) -> None:
     assert contents(tmp_path) == {}
 
 
+def test_a_workspace_that_cannot_be_written_to_is_named_and_stays_as_it_was(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(workspace)
+
+    def refuse(path: object, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for call in ("open", "mkdir"):
+        monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(PermissionError) as caught:
+        new.create("planted-sample", workspace)
+    monkeypatch.undo()
+    assert caught.value.filename == str(workspace)
+    assert contents(workspace) == before
+
+
 def test_a_failure_while_entering_the_package_leaves_nothing_behind(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

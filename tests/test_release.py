@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import release
+from pared_bench.registry import FOREIGN_ON_PYPI
 from workspace import ROOT, TAKEN_NAMES, Member, member, members
 
 
@@ -76,6 +77,8 @@ def test_a_tag_is_refused_when_the_module_says_another_version(workspace: Path) 
 
 def test_exactly_four_names_belong_to_other_projects() -> None:
     assert set(TAKEN_NAMES) == {"dato", "dd", "deme", "cskv"}
+    # the command line must not tell anybody to install them from there
+    assert set(TAKEN_NAMES) == FOREIGN_ON_PYPI
 
 
 @pytest.mark.parametrize("name", ["dato", "dd", "deme", "cskv", "DATO", "DeMe"])
