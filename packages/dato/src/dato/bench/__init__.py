@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pared_bench import BenchContext, Record
 
+from dato.policy import Policy
+
 EXPERIMENTS = ("search", "quality", "mechanism", "speed")
 
 
@@ -24,7 +26,7 @@ def run(context: BenchContext, *, experiments: str = ",".join(EXPERIMENTS), prom
         from dato.bench import mechanism, quality, searching
 
         pipe = pared_zoo.load("sd-world").to(context.device)
-        searched = []
+        searched: list[Policy] = []
         if "search" in chosen:
             found, searched = searching.run(context, pipe)
             records += found

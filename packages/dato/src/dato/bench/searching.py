@@ -15,7 +15,7 @@ from dato.costs import UnitCosts
 from dato.fidelity import FidelityEvaluator
 from dato.functional import FULL
 from dato.policy import PRESET_CALLS, Policy, preset_names
-from dato.search import SearchResult, hypervolume, search
+from dato.search import Generation, SearchResult, hypervolume, search
 from dato.variation import SearchSpace
 
 POPULATION, GENERATIONS, PROMPTS = 12, 12, 8
@@ -34,6 +34,10 @@ def run(context: BenchContext, pipe: Any) -> tuple[list[Record], list[Policy]]:
     )
     presets = [Policy.from_preset(name).with_ratio(PRUNING) for name in preset_names()]
     progress = iter(context.track(range(GENERATIONS), "search"))
+
+    def advance(_: Generation) -> None:
+        next(progress, None)
+
     result = search(
         evaluate,
         num_calls=PRESET_CALLS,
@@ -44,7 +48,7 @@ def run(context: BenchContext, pipe: Any) -> tuple[list[Record], list[Policy]]:
         generations=GENERATIONS,
         seed=context.seed,
         init=presets,
-        callback=lambda generation: next(progress, None),
+        callback=advance,
         checkpoint=Path(context.out) / "dato-search.json",
     )
     random_points = _random_search(context, evaluate, costs, POPULATION * GENERATIONS)

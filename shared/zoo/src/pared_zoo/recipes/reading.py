@@ -56,7 +56,7 @@ def answers(scene: Scene) -> list[int]:
 
 
 def teach_reading(
-    text_encoder: torch.nn.Module,
+    text_encoder: Any,
     tokenizer: Any,
     scenes: Sequence[Scene],
     seed: int,

@@ -56,7 +56,7 @@ class VaeWorld(Recipe):
         )
         return {"pixels": to_model_range(pixels)}
 
-    def loss(self, module: torch.nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def loss(self, module: Any, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         pixels = batch["pixels"].contiguous(memory_format=torch.channels_last)
         posterior = module.encode(pixels).latent_dist
         output = module.decode(posterior.sample(generator)).sample
@@ -66,7 +66,7 @@ class VaeWorld(Recipe):
         return {"loss": square + EDGE_WEIGHT * edges + KL_WEIGHT * kl, "square": square, "edges": edges, "kl": kl}
 
     @torch.no_grad()
-    def save(self, module: torch.nn.Module, folder: Path) -> None:
+    def save(self, module: Any, folder: Path) -> None:
         scenes = sample_scenes(256, self.seed_of(5))
         device = next(module.parameters()).device
         latents = module.encode(to_model_range(render(scenes, RESOLUTION)).to(device)).latent_dist.mean

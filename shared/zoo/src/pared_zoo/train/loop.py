@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from pared_zoo.shipped import replace_folder
 from pared_zoo.recipes import Batch, Recipe, Schedule, recipe
+from pared_zoo.shipped import replace_folder
 from pared_zoo.train.card import write_card
 from pared_zoo.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from pared_zoo.train.log import LossLog
