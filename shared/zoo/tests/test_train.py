@@ -157,13 +157,15 @@ def test_shipping_refuses_weights_that_are_too_large(tmp_path, monkeypatch):
     assert not (tmp_path / "weights").exists()
 
 
-def test_shipped_configurations_do_not_tell_where_parts_were_loaded_from(tmp_path, monkeypatch):
+def test_shipped_configurations_load_in_float32_and_do_not_tell_where_parts_were_loaded_from(tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path / "weights")
     exported = run("line", out=tmp_path / "line")
     (exported / "vae").mkdir()
-    (exported / "vae" / "config.json").write_text('{"_name_or_path": "/home/me/vae", "channels": 4}')
+    (exported / "vae" / "config.json").write_text(
+        '{"_name_or_path": "/home/me/vae", "channels": 4, "dtype": "float16"}'
+    )
     config = shipped.ship(exported, "line") / "vae" / "config.json"
-    assert json.loads(config.read_text()) == {"channels": 4}
+    assert json.loads(config.read_text()) == {"channels": 4, "dtype": "float32"}
 
 
 def test_the_module_trains_and_ships_from_the_command_line(tmp_path, monkeypatch):

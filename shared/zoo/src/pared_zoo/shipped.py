@@ -76,8 +76,11 @@ def ship(exported: Path, name: str) -> Path:
         for file in target.rglob("config.json"):
             config = json.loads(file.read_text(encoding="utf-8"))
             # diffusers notes where a part was loaded from: a folder of the machine that trained it.
-            if config.pop("_name_or_path", None) is not None:
-                file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            config.pop("_name_or_path", None)
+            # transformers loads in the noted precision and diffusers in float32: a pipeline of both would not run.
+            if "dtype" in config:
+                config["dtype"] = "float32"
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return FOLDER / name
 
 
