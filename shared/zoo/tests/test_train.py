@@ -101,9 +101,10 @@ def test_training_leaves_the_plot_settings_of_the_process_alone(tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
-def write_facts(folder: Path, steps: int, metrics: dict[str, float]) -> str:
+def write_facts(folder: Path, steps: int, metrics: dict[str, float], starts: list[list[int]] | None = None) -> str:
     schedule = vars(recipe("line")().schedule)
     facts = {"name": "line", "size": "small", "seed": 4, "steps": steps, "parameters": 12345, "schedule": schedule}
+    facts["starts"] = starts or [[0, steps]]
     (folder / "training.json").write_text(json.dumps(facts))
     (folder / "metrics.json").write_text(json.dumps(metrics))
     return write_card(folder, recipe("line")()).read_text()
@@ -122,6 +123,27 @@ def test_a_card_says_what_was_trained_and_measured(tmp_path):
 
 def test_the_command_of_a_card_repeats_a_run_of_another_length(tmp_path):
     assert "`pared zoo train line --size small --seed 4 --steps 7`" in write_facts(tmp_path, 7, {"distance": 0.5})
+
+
+def test_a_card_says_that_the_length_was_changed_on_the_way(tmp_path):
+    card = write_facts(tmp_path, 12, {"distance": 0.5}, [[0, 8], [1500, 12]])
+    assert "from step 0 on it was planned for 8 steps, from step 1,500 on it was planned for 12 steps" in card
+    assert "on the way" not in write_facts(tmp_path, 12, {"distance": 0.5})
+
+
+def test_a_run_resumed_with_another_length_records_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe("line"), "interrupt_at", 7)
+    with pytest.raises(KeyboardInterrupt):
+        run("line", out=tmp_path / "line")
+    monkeypatch.setattr(recipe("line"), "interrupt_at", None)
+    exported = run("line", out=tmp_path / "line", resume=True, steps=15)
+    assert json.loads((exported / "training.json").read_text())["starts"] == [[0, 12], [7, 15]]
+
+
+def test_a_run_cannot_be_resumed_with_another_seed(tmp_path):
+    run("line", out=tmp_path / "line")
+    with pytest.raises(ValueError, match=r"seed=1.*begun with 0"):
+        run("line", out=tmp_path / "line", resume=True, seed=1)
 
 
 def test_a_used_folder_is_refused_without_resume(tmp_path):

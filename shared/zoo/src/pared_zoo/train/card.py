@@ -40,6 +40,7 @@ def write_card(folder: Path, recipe: Recipe) -> Path:
         f"{schedule['learning_rate']:g}, averaged weights with decay {schedule['ema_decay']:g}. "
         f"Repeat it with `{command}`.",
         "",
+        *_resumed(facts["starts"]),
         "![loss](loss.png)",
         "",
         "## Measured",
@@ -57,6 +58,17 @@ def write_card(folder: Path, recipe: Recipe) -> Path:
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     temporary.replace(target)
     return target
+
+
+def _resumed(starts: list[list[int]]) -> list[str]:
+    """A paragraph on a run whose length was changed on the way; ``starts`` are (first step, planned steps)."""
+    if len(starts) == 1:
+        return []
+    parts = [f"from step {first:,} on it was planned for {steps:,} steps" for first, steps in starts]
+    return [
+        "The length of the run was changed on the way, and with it the learning rate: " + ", ".join(parts) + ".",
+        "",
+    ]
 
 
 def _number(value: float) -> str:

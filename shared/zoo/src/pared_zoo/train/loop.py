@@ -15,6 +15,7 @@ from pared_zoo.recipes import Batch, Recipe, Schedule, recipe
 from pared_zoo.shipped import replace_folder
 from pared_zoo.train.card import write_card
 from pared_zoo.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from pared_zoo.train.history import note_start
 from pared_zoo.train.log import LossLog
 
 CHECKPOINTS_PER_RUN = 40
@@ -60,7 +61,7 @@ def run(
         The exported ``from_pretrained`` directory.
 
     Raises:
-        ValueError: for an unknown name or size, or ``steps`` below 1.
+        ValueError: for an unknown name or size, ``steps`` below 1, or a run that was begun with another size or seed.
         FileExistsError: if ``out`` holds checkpoints and ``resume`` is false.
     """
     from accelerate import Accelerator
@@ -101,6 +102,8 @@ def run(
     checkpoint = latest_checkpoint(folder) if resume else None
     if checkpoint is not None:
         start = load_checkpoint(checkpoint, module, optimizer, learning_rate, average)
+    facts: dict[str, Any] = {"name": name, "size": size, "seed": seed, "steps": total}
+    starts = note_start(folder, start, facts, write=accelerator.is_main_process)
     log = LossLog(folder, start, enabled=accelerator.is_main_process)
     share = max(1, schedule.batch_size // accelerator.num_processes)
     every = max(1, total // CHECKPOINTS_PER_RUN)
@@ -131,7 +134,7 @@ def run(
             recipe_.save(module, target)
             log.plot(target / "loss.png")
             log.copy(target / "loss.csv")
-            facts: dict[str, Any] = {"name": name, "size": size, "seed": seed, "steps": total}
+            facts["starts"] = [[one["from_step"], one["steps"]] for one in starts]
             facts["parameters"] = sum(p.numel() for p in module.parameters())
             facts["schedule"] = vars(schedule)
             (target / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
