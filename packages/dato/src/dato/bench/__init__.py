@@ -24,6 +24,7 @@ def run(context: BenchContext, *, experiments: str = ",".join(EXPERIMENTS), prom
         import pared_zoo
 
         from dato.bench import mechanism, quality, searching
+        from dato.bench.claims import claims
 
         pipe = pared_zoo.load("sd-world").to(context.device)
         searched: list[Policy] = []
@@ -34,6 +35,7 @@ def run(context: BenchContext, *, experiments: str = ",".join(EXPERIMENTS), prom
             records += quality.run(context, pipe, prompts, searched)
         if "mechanism" in chosen:
             records += mechanism.run(context, pipe)
+        records += claims(records)
     if "speed" in chosen:
         from dato.bench import speed
 
