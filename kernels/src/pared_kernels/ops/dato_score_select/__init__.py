@@ -87,8 +87,8 @@ def dato_score_select(
     require(fits, "grid", grid, f"(h, w) that divide ({height}, {width})")
     inside = 1 <= patch[0] <= h and 1 <= patch[1] <= w
     require(inside, "patch", patch, f"(height, width) from (1, 1) to the grid ({h}, {w})")
-    require(math.isfinite(gamma), "gamma", gamma, "a finite number")
-    require(math.isfinite(alpha), "alpha", alpha, "a finite number")
+    require(abs(gamma) < math.inf, "gamma", gamma, "a finite number")
+    require(abs(alpha) < math.inf, "alpha", alpha, "a finite number")
     require(0 <= seed < 2**63, "seed", seed, "0 <= seed < 2**63")
     require(0 <= call < 2**31, "call", call, "0 <= call < 2**31")
     require(0 <= block < 2**31, "block", block, "0 <= block < 2**31")
