@@ -53,6 +53,16 @@ def test_another_number_of_scenes_is_encoded_anew(vae, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latents.safetensors", "vae"]
 
 
+def test_other_weights_or_scenes_are_encoded_anew(vae, tmp_path):
+    cache = tmp_path / "latents.safetensors"
+    latents = encode_scenes(SCENES, vae, 16, cache, CPU, silent)
+    assert not torch.equal(encode_scenes(sample_scenes(5, 802), vae, 16, cache, CPU, silent), latents)
+    model = AutoencoderKL.from_pretrained(vae)
+    torch.nn.init.zeros_(model.quant_conv.weight)
+    model.save_pretrained(vae)
+    assert not torch.equal(encode_scenes(SCENES, vae, 16, cache, CPU, silent), latents)
+
+
 def test_pixels_survive_the_way_to_the_model_and_back():
     pixels = render(SCENES, 32)
     assert (to_pixels(to_model_range(pixels)) == pixels).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def encode_scenes(
         scenes: what to render.
         vae: an ``AutoencoderKL`` directory.
         resolution: side of the pictures in pixels.
-        cache: safetensors file that is read when it holds as many latents, and written otherwise.
+        cache: safetensors file that is read when it was made from the same scenes and weights, and written otherwise.
         device: where to encode.
         track: progress display.
 
@@ -32,12 +33,14 @@ def encode_scenes(
         float16 tensor (scenes, channels, height, width) on the CPU.
     """
     from diffusers import AutoencoderKL
-    from safetensors.torch import load_file, save_file
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
+    source = _source(scenes, vae, resolution)
     if cache.exists():
-        latents = load_file(cache)["latents"]
-        if len(latents) == len(scenes):
-            return latents
+        with safe_open(cache, "pt") as file:
+            if (file.metadata() or {}).get("source") == source:
+                return file.get_tensor("latents")
     model = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).to(device).eval()
     blocks = []
     for start in track(range(0, len(scenes), BLOCK), "encode scenes", None):
@@ -46,6 +49,14 @@ def encode_scenes(
         blocks.append((mean * model.config["scaling_factor"]).half().cpu())
     latents = torch.cat(blocks).contiguous()
     temporary = cache.with_suffix(".tmp")
-    save_file({"latents": latents}, temporary)
+    save_file({"latents": latents}, temporary, {"source": source})
     temporary.replace(cache)
     return latents
+
+
+def _source(scenes: Sequence[Scene], vae: Path, resolution: int) -> str:
+    """A digest of all that the latents depend on."""
+    digest = hashlib.sha256(repr((resolution, list(scenes))).encode())
+    for file in sorted(vae.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
