@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 from dato.bench.claims import claims
+from dato.bench.searching import compare
 from pared_bench import Record
 
 
@@ -28,6 +29,19 @@ def test_a_lower_distance_counts_as_better():
 def test_the_search_must_win_by_five_percent():
     measured = [record("search", arm, "hypervolume", v) for arm, v in (("search", 208.0), ("random search", 200.0))]
     assert margins(*measured) == {"search: 5 % more hypervolume than random search": pytest.approx(-0.01)}
+
+
+def test_fronts_are_compared_by_quality_and_cost():
+    fronts = {
+        "search": [(20.0, 11.0), (30.0, 31.0)],
+        "random search": [(20.0, 21.0)],
+        "presets": [(20.0, 12.0), (25.0, 20.0)],
+    }
+    records = compare(fronts, {"experiment": "search"})
+    values = {(one.variant, one.metric): one.value for one in records}
+    assert values["search", "hypervolume"] == 20 * 40 + 10 * 20
+    assert values["random search", "hypervolume"] == 20 * 30
+    assert values["search", "presets matched or dominated"] == 1
 
 
 def test_what_was_not_measured_makes_no_claim():

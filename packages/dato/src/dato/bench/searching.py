@@ -52,13 +52,10 @@ def run(context: BenchContext, pipe: Any) -> tuple[list[Record], list[Policy]]:
         checkpoint=Path(context.out) / "dato-search.json",
     )
     random_points = _random_search(context, evaluate, costs, POPULATION * GENERATIONS)
-    points = [(-quality, cost / costs.full) for _, quality, cost in result.front]
-    preset_points = [(-evaluate(policy), policy.cost(costs) / costs.full) for policy in presets]
-    reference = (0.0, float(PRESET_CALLS))
-    areas = {
-        "search": hypervolume(points, reference),
-        "random search": hypervolume(random_points, reference),
-        "presets": hypervolume(preset_points, reference),
+    fronts = {
+        "search": [(quality, cost / costs.full) for _, quality, cost in result.front],
+        "random search": random_points,
+        "presets": [(evaluate(policy), policy.cost(costs) / costs.full) for policy in presets],
     }
     settings = {
         "experiment": "search",
@@ -67,10 +64,18 @@ def run(context: BenchContext, pipe: Any) -> tuple[list[Record], list[Policy]]:
         "evaluations": POPULATION * GENERATIONS,
         "steps": STEPS,
     }
-    records = [Record("dato", name, "hypervolume", area, "dB calls", settings) for name, area in areas.items()]
-    dominated = sum(any(p[0] <= q[0] and p[1] <= q[1] for p in points) for q in preset_points)
-    records.append(Record("dato", "search", "presets matched or dominated", dominated, "", settings))
-    return records, _at_cost(result, [policy.cost(costs) for policy in presets])
+    return compare(fronts, settings), _at_cost(result, [policy.cost(costs) for policy in presets])
+
+
+def compare(fronts: dict[str, list[tuple[float, float]]], settings: dict[str, Any]) -> list[Record]:
+    """Hypervolume above 0 dB of each front of (quality in dB, cost in full calls), and how many presets it beats."""
+    reference = (0.0, float(PRESET_CALLS))
+    records = [
+        Record("dato", name, "hypervolume", hypervolume(points, reference), "dB calls", settings)
+        for name, points in fronts.items()
+    ]
+    beaten = sum(any(p[0] >= q[0] and p[1] <= q[1] for p in fronts["search"]) for q in fronts["presets"])
+    return [*records, Record("dato", "search", "presets matched or dominated", beaten, "", settings)]
 
 
 def _random_search(
@@ -80,7 +85,7 @@ def _random_search(
     points = []
     for _ in context.track(range(evaluations), "random search"):
         policy = space.decode(space.random(rng))
-        points.append((-evaluate(policy), policy.cost(costs) / costs.full))
+        points.append((evaluate(policy), policy.cost(costs) / costs.full))
     return points
 
 
