@@ -1,0 +1,118 @@
+"""Quality at the speed of a prompt: what step-by-step decoding with CSKV would give, for a whole text at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pared_hooks import Patch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from cskv.cache import Applied, FactorBuffers, LayerSpec
+from cskv.config import CSKVConfig
+from cskv.errors import UnsupportedAttentionError
+from cskv.factors import Factors, check_factors
+from cskv.functional import bibranch_attention, fake_quantize
+from cskv.plan import LayerPlan, plan_layers
+from cskv.storage import QuantizationPlan
+
+
+@contextmanager
+def decoding_at_once(
+    model: nn.Module, config: CSKVConfig, factors: Factors | Sequence[Any], prefix: int
+) -> Iterator[None]:
+    """Inside the block, `model(ids, use_cache=False)` gives at every place t >= prefix the logits of decoding.
+
+    Every row attends as `functional.bibranch_attention` says after an exact prompt of `prefix` tokens. Latents are
+    quantised in whole groups of tokens; tokens of an unfinished group at the end are not. Sequences must not be padded.
+    Takes memory for scores of a block of queries, nothing else that grows with the square of the length.
+
+    Raises what `apply` raises for model and factors, and `UnsupportedAttentionError` for a model whose attention
+    cannot be exchanged.
+    """
+    view, plans = plan_layers(model, config)
+    checked = check_factors(factors, plans)
+    specs = {
+        id(plan.adapter.module): LayerSpec(plan, FactorBuffers(plan, checked[plan.index]), config, Applied())
+        for plan in plans
+    }
+    staged: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    patch = Patch("cskv.evaluate")
+    try:
+        with patch:
+            for plan in plans:
+                patch.add_hook(plan.adapter.module, "forward_pre", _stage(plan, staged), with_kwargs=True)
+            own = view.config._attn_implementation
+            attention = _attention(own, specs, staged, prefix)
+            patch.set_attention(view.root, "cskv_at_once", attention, ALL_MASK_ATTENTION_FUNCTIONS[own])
+        yield
+    finally:
+        patch.remove()
+
+
+def _stage(plan: LayerPlan, staged: dict[int, tuple[Tensor, Tensor, Tensor]]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = plan.adapter.arguments(args, kwargs)
+        staged[id(module)] = (arguments["hidden_states"], *arguments["position_embeddings"])
+
+    return hook
+
+
+def _attention(
+    own: str, specs: dict[int, LayerSpec], staged: dict[int, tuple[Tensor, Tensor, Tensor]], prefix: int
+) -> Any:
+    """The bi-branch attention for the layers of `specs`; other layers go on with the implementation `own`."""
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
+    ) -> Any:
+        spec = specs.get(id(module))
+        if spec is None:
+            function = ALL_ATTENTION_FUNCTIONS.get(own) or _eager(module)
+            return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        _refuse_extras(module, kwargs)
+        k_hat, v_hat = rebuilt_whole(spec, key, value, *staged.pop(id(module)))
+        window = {"window": spec.config.window, "policy": spec.config.window_policy}
+        output = bibranch_attention(query, key, value, k_hat, v_hat, **window, prefix=prefix, scale=scaling)
+        return output.transpose(1, 2).contiguous(), None
+
+    return attention
+
+
+def _eager(module: Any) -> Any:
+    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+
+
+def _refuse_extras(module: Any, kwargs: dict[str, Any]) -> None:
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedAttentionError(
+                f"{type(module).__name__} attends with {name}, which evaluation at once cannot do; decode step by step"
+            )
+
+
+def rebuilt_whole(
+    spec: LayerSpec, key: Tensor, value: Tensor, hidden_states: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """k_hat and v_hat (B, H_kv, T, D) of all tokens, from the inputs (B, T, d) of the projections."""
+    latent_k, latent_v = spec.latents(hidden_states)
+    latent_k = key.transpose(1, 2).flatten(2) if latent_k is None else latent_k
+    latent_v = value.transpose(1, 2).flatten(2) if latent_v is None else latent_v
+    k_hat = spec.keys(_quantised(latent_k, spec.plan.k_quantization), lambda: (cos, sin))
+    return k_hat, spec.values(_quantised(latent_v, spec.plan.v_quantization))
+
+
+def _quantised(latents: Tensor, plan: QuantizationPlan | None) -> Tensor:
+    """Latents (B, T, C) after quantisation of the groups of tokens that are whole."""
+    whole = 0 if plan is None else latents.shape[1] - latents.shape[1] % plan.tokens
+    if plan is None or whole == 0:
+        return latents
+    rounded = fake_quantize(
+        latents[:, :whole], bits=plan.bits, axis=plan.axis, group_size=plan.group_size, zero_point=plan.zero_point
+    )
+    return torch.cat((rounded, latents[:, whole:]), dim=1)
