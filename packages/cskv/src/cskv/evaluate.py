@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +21,9 @@ from cskv.factors import Factors, check_factors
 from cskv.functional import bibranch_attention, fake_quantize
 from cskv.plan import LayerPlan, plan_layers
 from cskv.storage import QuantizationPlan
+
+Logits = Callable[[Tensor, int], Tensor]
+"""Logits (1, T, vocabulary) of ids (1, T), when those from `prefix` on are decoded one by one."""
 
 
 @contextmanager
@@ -116,3 +120,37 @@ def _quantised(latents: Tensor, plan: QuantizationPlan | None) -> Tensor:
         latents[:, :whole], bits=plan.bits, axis=plan.axis, group_size=plan.group_size, zero_point=plan.zero_point
     )
     return torch.cat((rounded, latents[:, whole:]), dim=1)
+
+
+def full_cache(model: Any) -> Logits:
+    """The model as it is."""
+    return lambda ids, prefix: model(ids, use_cache=False).logits
+
+
+def cskv_cache(model: Any, config: CSKVConfig, factors: Factors) -> Logits:
+    """CSKV with these factors."""
+
+    def logits(ids: Tensor, prefix: int) -> Tensor:
+        with decoding_at_once(model, config, factors, prefix):
+            return model(ids, use_cache=False).logits
+
+    return logits
+
+
+@torch.no_grad()
+def perplexity(logits: Logits, texts: Sequence[Tensor], prefix: int) -> float:
+    """exp of the mean negative log-likelihood of all tokens after the first `prefix`, teacher-forced."""
+    total, count = 0.0, 0
+    for ids in texts:
+        rows = logits(ids, prefix)[0, prefix - 1 : -1].float()
+        total += float(torch.nn.functional.cross_entropy(rows, ids[0, prefix:], reduction="sum"))
+        count += ids.shape[1] - prefix
+    return math.exp(total / count)
+
+
+def sequences(ids: Tensor, count: int, length: int) -> list[Tensor]:
+    """`count` sequences (1, length), evenly spread over the text. Raises ValueError when it is too short."""
+    if count < 1 or length < 1 or count * length > len(ids):
+        raise ValueError(f"count = {count}, length = {length}: the text has {len(ids)} tokens")
+    stride = (len(ids) - length) // max(count - 1, 1)
+    return [ids[place * stride : place * stride + length][None] for place in range(count)]

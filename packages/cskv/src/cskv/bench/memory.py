@@ -1,0 +1,123 @@
+"""Bytes of caches: of the tensors they hold, and of the process, for as many tokens as asked for."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from cskv.apply import CSKVHandle, apply
+from cskv.cache import CSKVLayer
+from cskv.config import CSKVConfig
+
+PAGE = 4096
+CHUNK = 512
+
+
+def tensor_bytes(root: Any) -> int:
+    """Bytes of all distinct tensor storages reachable from a cache; modules and configurations are not followed."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    pending = [root]
+    while pending:
+        one = pending.pop()
+        if id(one) in seen or isinstance(one, torch.nn.Module | type):
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif isinstance(one, dict):
+            pending += one.values()
+        elif isinstance(one, list | tuple):
+            pending += one
+        elif type(one).__module__.startswith(("cskv.", "transformers.cache_utils")) and not _shared(one):
+            pending += vars(one).values()
+    return sum(storages.values())
+
+
+def _shared(one: Any) -> bool:
+    """Whether an object belongs to the model or its handle rather than to a cache."""
+    return type(one).__name__ in ("LayerSpec", "Applied", "CSKVConfig", "LayerPlan")
+
+
+@torch.no_grad()
+def fill(model: Any, cache: Any, tokens: int, dtype: torch.dtype, seed: int = 0) -> None:
+    """Add `tokens` random keys and values of the model's shapes to a cache, in chunks, as prompts would."""
+    config = model.config.get_text_config()
+    heads = config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    generator = torch.Generator().manual_seed(seed)
+    past = cache.get_seq_length()
+    for begin in range(past, past + tokens, CHUNK):
+        count = min(CHUNK, past + tokens - begin)
+        angle = torch.randn(1, count, head_dim // 2, generator=generator)
+        cos, sin = (torch.cat((one, one), -1).to(dtype) for one in (angle.cos(), angle.sin()))
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, CSKVLayer):
+                hidden = torch.randn(1, count, config.hidden_size, generator=generator).to(dtype)
+                mask = torch.ones(1, 1, count, begin + count, dtype=torch.bool)
+                layer.stage(hidden, cos, sin, mask, "sdpa")
+            keys, values = (torch.randn(1, heads, count, head_dim, generator=generator).to(dtype) for _ in range(2))
+            cache.update(keys, values, index)
+
+
+def cache_of(model: Any, config: CSKVConfig | None) -> tuple[Any, CSKVHandle | None]:
+    """An empty full cache without a configuration, else one of CSKV with factors of the weights alone."""
+    from transformers import DynamicCache
+
+    if config is None:
+        return DynamicCache(config=model.config), None
+    handle = apply(model, config.replace(init="svd"))
+    return handle.new_cache(), handle
+
+
+def resident_bytes(model_config: dict[str, Any], config: CSKVConfig | None, tokens: int) -> int:
+    """Growth of the resident memory of a fresh process when it fills such a cache in bfloat16; Linux alone.
+
+    Raises RuntimeError with the process's own words when it fails.
+    """
+    task = {"model": model_config, "config": None if config is None else config.to_dict(), "tokens": tokens}
+    result = subprocess.run(
+        [sys.executable, "-m", "cskv.bench.memory"], input=json.dumps(task), capture_output=True, text=True, check=False
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"measuring resident memory failed: {result.stderr.strip()[-500:]}")
+    return int(result.stdout.split()[-1])
+
+
+def _resident() -> int:
+    import ctypes
+
+    gc.collect()
+    # Freed memory is given back first, so that what is counted is what is held.
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * PAGE
+
+
+def _main() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    task = json.loads(sys.stdin.read())
+    kind = task["model"].pop("model_type")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **task["model"])).to(torch.bfloat16)
+    config = None if task["config"] is None else CSKVConfig.from_dict(task["config"])
+    warm, _keep = cache_of(model, config)
+    fill(model, warm, 2 * CHUNK, torch.bfloat16)
+    del warm
+    if _keep is not None:
+        _keep.remove()
+    cache, _keep = cache_of(model, config)
+    before = _resident()
+    fill(model, cache, task["tokens"], torch.bfloat16)
+    print(_resident() - before)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,75 @@
+"""Bytes of the cache of SmolLM2's shapes at 1k to 8k tokens: tensors that are alive, and resident memory."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from pared_bench import BenchContext, Record
+
+from cskv.bench.memory import cache_of, fill, resident_bytes, tensor_bytes
+from cskv.config import CSKVConfig
+
+LENGTHS = (1024, 2048, 4096, 8192)
+RESIDENT_LENGTH = 4096
+SHAPES = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 64,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 64,
+    "max_position_embeddings": 8192,
+}
+"""Attention of SmolLM2-135M; what is not cached is small."""
+
+VARIANTS: dict[str, CSKVConfig | None] = {
+    "full cache": None,
+    "k 0.25, v 0.5": CSKVConfig(),
+    "k 0.25, v 0.5, int4": CSKVConfig(k_bits=4, v_bits=4),
+    "k 0.2, v 0.2": CSKVConfig(k_density=0.2, v_density=0.2),
+    "k 0.2, v 0.2, int4": CSKVConfig(k_density=0.2, v_density=0.2, k_bits=4, v_bits=4),
+    "k 0.2, v 0.2, int2": CSKVConfig(k_density=0.2, v_density=0.2, k_bits=2, v_bits=2),
+}
+
+
+def shapes_model() -> Any:
+    """A bfloat16 model with the attention of SmolLM2 and random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = {name: value for name, value in SHAPES.items() if name != "model_type"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(SHAPES["model_type"], **options)
+        return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+
+
+def run(context: BenchContext) -> list[Record]:
+    """Bytes by length, with the ratio to the full cache; growth of a fresh process at one length, on Linux."""
+    model, records = shapes_model(), []
+    settings = {"experiment": "memory", "shapes": "SmolLM2-135M", "dtype": "bfloat16", "weights": "random"}
+    full: dict[int, int] = {}
+    for name, config in context.track(VARIANTS.items(), "bytes of tensors", len(VARIANTS)):
+        cache, handle = cache_of(model, config)
+        before = 0
+        for tokens in LENGTHS:
+            fill(model, cache, tokens - before, torch.bfloat16, seed=before)
+            before = tokens
+            size = tensor_bytes(cache)
+            full.setdefault(tokens, size)
+            variant = {**settings, "tokens": tokens}
+            records.append(Record("cskv", name, "bytes", size, "B", variant))
+            records.append(Record("cskv", name, "share of the full cache", size / full[tokens], "", variant))
+        if handle is not None:
+            handle.remove()
+    variant = {**settings, "tokens": RESIDENT_LENGTH}
+    for name, config in context.track(VARIANTS.items(), "resident memory", len(VARIANTS)):
+        if sys.platform == "linux":
+            grown = resident_bytes(SHAPES, config, RESIDENT_LENGTH)
+            records.append(Record("cskv", name, "resident growth", grown, "B", variant))
+        else:
+            note = f"resident memory is read on Linux alone, this is {sys.platform}"
+            records.append(Record("cskv", name, "resident growth", None, "B", variant, note=note))
+    return records

@@ -1,0 +1,155 @@
+"""Section 10: perplexity and passkeys of SmolLM2 by factors, ranks, window, bits and finetuning, with baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from pared_bench import BenchContext, Record
+from torch import Tensor
+
+from cskv.bench.arms import dropped_tokens, measure, relative_errors
+from cskv.bench.text import Passkey, passkeys, reference_tokens
+from cskv.calibrate import Statistics, calibrate
+from cskv.config import CSKVConfig
+from cskv.evaluate import Logits, cskv_cache, full_cache, sequences
+from cskv.factors import Factors
+from cskv.finetune import finetune
+from cskv.fit import fit
+
+PREFIX = 256
+LENGTH = 768
+CALIBRATION_LENGTH = 1024
+PASSKEY_LENGTH = 1000
+RANKS = ((96, 96), (48, 96), (36, 36), (24, 48), (96, 48))
+BASE = CSKVConfig(k_rank=48, v_rank=96)
+QAT_STEPS = 80
+QAT_RATE = 1e-3
+QAT_SEQUENCES = 8
+
+
+@dataclass
+class Study:
+    """The model, its calibration, and the texts it is judged on."""
+
+    model: Any
+    stats: Statistics
+    calibration: list[Tensor]
+    texts: list[Tensor]
+    prompts: list[Passkey]
+
+    @classmethod
+    def prepare(cls, context: BenchContext, count: int, prompts: int, calibration: int) -> Study:
+        """Load SmolLM2 and calibrate it on `calibration` sequences."""
+        from pared_zoo.real import smollm2
+
+        model, tokenizer = smollm2()
+        train, held_out = reference_tokens(tokenizer)
+        batches = sequences(train, calibration, CALIBRATION_LENGTH)
+        stats = calibrate(model, batches, track=lambda items: context.track(items, "calibrating", calibration))
+        texts = sequences(held_out, count, LENGTH)
+        return cls(model, stats, batches, texts, passkeys(tokenizer, prompts, PASSKEY_LENGTH, context.seed))
+
+    def settings(self, experiment: str) -> dict[str, Any]:
+        """What every number was measured on."""
+        return {
+            "experiment": experiment,
+            "model": "SmolLM2-135M-Instruct",
+            "scored_tokens": len(self.texts) * (LENGTH - PREFIX),
+            "passkeys": len(self.prompts),
+            "calibration_tokens": self.stats.tokens,
+        }
+
+
+def run(context: BenchContext, study: Study) -> list[Record]:
+    """The table of section 10 with its baselines."""
+    records = []
+    settings = study.settings("quality")
+    arms = list(_arms(study))
+    for name, logits, extra in context.track(arms, "judging"):
+        found = measure(logits, study.texts, study.prompts, PREFIX)
+        variant = {**settings, **extra}
+        records.append(Record("cskv", name, "perplexity", found.perplexity, "", variant))
+        if study.prompts:
+            records.append(Record("cskv", name, "passkey", found.passkey, "", variant))
+            records.append(Record("cskv", name, "passkey tokens", found.passkey_tokens, "", variant))
+    for init in ("svd", "asvd", "whiten"):
+        for k_rank, v_rank in RANKS:
+            config = BASE.replace(k_rank=k_rank, v_rank=v_rank, init=init)
+            errors = relative_errors(study.model, config, fit(study.model, config, study.stats), study.texts)
+            for side, error in zip("KV", errors, strict=True):
+                variant = {**settings, "k_rank": k_rank, "v_rank": v_rank}
+                records.append(Record("cskv", init, f"relative error of {side}", error, "", variant))
+    return records + [_absent(settings, *missing) for missing in _missing_baselines()]
+
+
+def _arms(study: Study) -> Iterator[tuple[str, Logits, dict[str, Any]]]:
+    model, stats = study.model, study.stats
+    yield "full cache", full_cache(model), {}
+    whitened: dict[tuple[int, int], Factors] = {}
+    for k_rank, v_rank in RANKS:
+        for init in ("svd", "asvd", "whiten"):
+            config = BASE.replace(k_rank=k_rank, v_rank=v_rank, init=init)
+            factors = fit(model, config, stats)
+            if init == "whiten":
+                whitened[k_rank, v_rank] = factors
+            yield init, cskv_cache(model, config, factors), {"k_rank": k_rank, "v_rank": v_rank, "window": 32}
+    for bits, zero_point in ((4, "affine"), (4, "clamped"), (2, "affine")):
+        for ranks in ((96, 96), (48, 96), (36, 36)):
+            config = BASE.replace(k_rank=ranks[0], v_rank=ranks[1], k_bits=bits, v_bits=bits, zero_point=zero_point)
+            extra = {"k_rank": ranks[0], "v_rank": ranks[1], "window": 32}
+            yield f"whiten, int{bits} {zero_point}", cskv_cache(model, config, whitened[ranks]), extra
+    for ranks in ((48, 96), (36, 36)):
+        for window, policy in ((0, "sliding"), (8, "sliding"), (128, "sliding"), (32, "block")):
+            config = BASE.replace(k_rank=ranks[0], v_rank=ranks[1], window=window, window_policy=policy)
+            extra = {"k_rank": ranks[0], "v_rank": ranks[1], "window": window}
+            name = "whiten" if policy == "sliding" else "whiten, block window"
+            yield name, cskv_cache(model, config, whitened[ranks]), extra
+    exact = CSKVConfig(k_density=1, v_density=1, k_bits=4, v_bits=4)
+    yield "full cache in int4 (as KIVI)", cskv_cache(model, exact, fit(model, exact)), {"window": 32}
+    for k_rank, v_rank in RANKS[:3]:
+        share = (k_rank + v_rank) / (2 * 192)
+        yield "4 first and latest tokens", dropped_tokens(model, share), {"kept_share": round(share, 4)}
+
+
+def _missing_baselines() -> Iterator[tuple[str, str]]:
+    if not (find_spec("hqq") or find_spec("optimum")):
+        yield "transformers QuantizedCache", "neither hqq nor optimum-quanto is installed"
+    if not find_spec("kvpress"):
+        yield "ThinK and a token-dropping press", "kvpress is not installed"
+
+
+def _absent(settings: dict[str, Any], name: str, reason: str) -> Record:
+    return Record("cskv", name, "perplexity", None, "", settings, note=reason)
+
+
+def run_finetune(context: BenchContext, study: Study) -> list[Record]:
+    """The second proof of section 10: what training with the quantiser in the loop wins back."""
+    records = []
+    settings = {**study.settings("finetuning"), "steps": QAT_STEPS, "k_rank": 48, "v_rank": 96}
+    batches = study.calibration[:QAT_SEQUENCES]
+    for init, bits, zero_point in (("asvd", 4, "clamped"), ("whiten", 4, "clamped"), ("whiten", 2, "affine")):
+        plain = BASE.replace(init=init)
+        factors = fit(study.model, plain, study.stats)
+        config = plain.replace(k_bits=bits, v_bits=bits, zero_point=zero_point)
+        trained = finetune(
+            study.model,
+            config,
+            factors,
+            batches,
+            steps=QAT_STEPS,
+            learning_rate=QAT_RATE,
+            cache_inputs=True,
+            track=lambda steps: context.track(steps, "finetuning", QAT_STEPS),
+        )
+        for name, one, used in (
+            ("not quantised", plain, factors),
+            ("quantised", config, factors),
+            ("quantised and finetuned", config, trained),
+        ):
+            found = measure(cskv_cache(study.model, one, used), study.texts, [], PREFIX)
+            variant = {**settings, "init": init, "quantiser": f"int{bits} {zero_point}"}
+            records.append(Record("cskv", name, "perplexity", found.perplexity, "", variant))
+    return records

@@ -1,0 +1,155 @@
+"""What `pared demo cskv` shows: memory over length, and perplexity over the size of the cache, of a real model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pared_bench import DemoContext, DemoResult, Figure, Table
+
+from cskv.apply import applied
+from cskv.bench.arms import dropped_tokens, passkey_accuracy
+from cskv.bench.memory import tensor_bytes
+from cskv.bench.text import passkeys, reference_tokens
+from cskv.calibrate import calibrate
+from cskv.config import CSKVConfig
+from cskv.evaluate import cskv_cache, full_cache, perplexity, sequences
+from cskv.fit import fit
+
+PREFIX, LENGTH = 128, 512
+CHUNK = 256
+MEMORY_LENGTHS = (256, 512, 1024)
+FULL_MEMORY_LENGTHS = (256, 512, 1024, 2048, 4096)
+CALIBRATION_LENGTH = 1024
+PASSKEY_LENGTH = 400
+DENSITIES = ((0.5, 0.5), (0.25, 0.5), (0.2, 0.2))
+
+
+@torch.no_grad()
+def run(context: DemoContext, *, calibration: int = 4, texts: int = 1, bits: int = 4) -> DemoResult:
+    """Calibrate SmolLM2-135M-Instruct on `calibration` sequences, then compare caches on `texts` held-out ones.
+
+    `bits` (2, 4 or 8) is the width of the quantised variant. Raises ConfigError for another width, ValueError for
+    counts that the text does not hold.
+    """
+    from pared_zoo.real import smollm2
+
+    quantised = CSKVConfig(k_bits=bits, v_bits=bits)
+    model, tokenizer = smollm2()
+    model.to(context.device)
+    train, held_out = reference_tokens(tokenizer)
+    held = [text.to(context.device) for text in sequences(held_out, texts, LENGTH)]
+    prompts = passkeys(tokenizer, 2, PASSKEY_LENGTH, context.seed)
+    batches = sequences(train, calibration, CALIBRATION_LENGTH)
+    stats = calibrate(model, batches, track=lambda items: context.track(items, "calibrating", len(batches)))
+
+    lengths = FULL_MEMORY_LENGTHS if context.full else MEMORY_LENGTHS
+    sizes = _memory(context, model, stats, quantised, train[: lengths[-1]][None], lengths)
+    plain = full_cache(model)
+    judged: list[tuple[str, float, float, float]] = [
+        ("full cache", 1.0, perplexity(plain, held, PREFIX), passkey_accuracy(plain, prompts)[1])
+    ]
+    arms = [(k, v, init, None) for k, v in DENSITIES for init in ("svd", "whiten")]
+    arms += [(k, v, "whiten", bits) for k, v in DENSITIES]
+    for k_density, v_density, init, width in context.track(arms, "judging"):
+        config = CSKVConfig(k_density=k_density, v_density=v_density, init=init, k_bits=width, v_bits=width)
+        logits = cskv_cache(model, config, fit(model, config, stats))
+        name = f"{init}, {k_density:g} / {v_density:g}" + (f", int{width}" if width else "")
+        share = _share(model, config)
+        judged.append((name, share, perplexity(logits, held, PREFIX), passkey_accuracy(logits, prompts)[1]))
+    for k_density, v_density in context.track(DENSITIES, "dropping tokens"):
+        share = (k_density + v_density) / 2
+        logits = dropped_tokens(model, share)
+        found = perplexity(logits, held, PREFIX), passkey_accuracy(logits, prompts)[1]
+        judged.append((f"first 4 and latest tokens, {share:g}", share, *found))
+
+    rows = [(name, f"{100 * share:.1f} %", f"{ppl:.2f}", f"{100 * key:.0f} %") for name, share, ppl, key in judged]
+    quality = Table(
+        f"{len(held) * (LENGTH - PREFIX)} tokens decoded behind prompts of {PREFIX}; two passkeys",
+        ("cache", "bytes per old token", "perplexity", "passkey digits"),
+        rows,
+        "Names give the density of keys / values. Bytes leave out the exact window, which does not grow.",
+    )
+    memory = Table(
+        "Bytes of the tensors that the cache holds, after a real text",
+        ("tokens", *sizes),
+        [(length, *(f"{sizes[name][place] / 1e6:.2f} MB" for name in sizes)) for place, length in enumerate(lengths)],
+    )
+    best = next(row for row in judged if row[0] == "whiten, 0.25 / 0.5")
+    saved = {name: 1 - values[-1] / sizes["full cache"][-1] for name, values in sizes.items()}
+    metrics = {
+        "full.perplexity": judged[0][2],
+        "cskv.perplexity": best[2],
+        **{f"{name}.saved": value for name, value in saved.items() if name != "full cache"},
+    }
+    small = next(name for name in sizes if "int" in name)
+    summary = (
+        f"At {lengths[-1]} tokens the cache of SmolLM2-135M takes {100 * saved['cskv']:.0f} % less memory with cskv, "
+        f"and {100 * saved[small]:.0f} % less with its latents in {bits} bits; the perplexity of held-out text goes "
+        f"from {judged[0][2]:.2f} to {best[2]:.2f}. Calibration took {calibration} sequences and no training."
+    )
+    figure = Figure.from_plot("Memory over length, perplexity over size", _plot(lengths, sizes, judged))
+    return DemoResult("A KV cache of a fraction of the size", summary, [memory, quality], [figure], metrics)
+
+
+def _memory(
+    context: DemoContext, model: Any, stats: Any, quantised: CSKVConfig, ids: torch.Tensor, lengths: tuple[int, ...]
+) -> dict[str, list[int]]:
+    """Bytes of each kind of cache while the model reads a text in chunks."""
+    configs = {"full cache": None, "cskv": CSKVConfig(), f"cskv, int{quantised.k_bits}": quantised}
+    found: dict[str, list[int]] = {name: [] for name in configs}
+    for name, config in context.track(configs.items(), "reading a text", len(configs)):
+        if config is None:
+            found[name] = _read(model, ids, lengths)
+            continue
+        with applied(model, config, fit(model, config, stats)):
+            found[name] = _read(model, ids, lengths)
+    return found
+
+
+def _read(model: Any, ids: torch.Tensor, lengths: tuple[int, ...]) -> list[int]:
+    cache, sizes = None, []
+    for end in range(CHUNK, lengths[-1] + 1, CHUNK):
+        chunk = ids[:, end - CHUNK : end].to(model.device)
+        cache = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        if end in lengths:
+            sizes.append(tensor_bytes(cache))
+    return sizes
+
+
+def _share(model: Any, config: CSKVConfig) -> float:
+    """Bytes that an old token takes, as a share of what it takes in a full cache, measured on two long caches."""
+    from cskv.bench.memory import cache_of, fill
+
+    grown = []
+    for one in (config, None):
+        sizes = []
+        for tokens in (1024, 3072):
+            cache, handle = cache_of(model, one)
+            fill(model, cache, tokens, torch.float32)
+            sizes.append(tensor_bytes(cache))
+            if handle is not None:
+                handle.remove()
+        grown.append(sizes[1] - sizes[0])
+    return grown[0] / grown[1]
+
+
+def _plot(lengths: tuple[int, ...], sizes: dict[str, list[int]], judged: list[tuple[str, float, float, float]]) -> Any:
+    from matplotlib.figure import Figure as Plot
+
+    plot = Plot(figsize=(10, 4), layout="constrained")
+    left, right = plot.subplots(1, 2)
+    for name, values in sizes.items():
+        left.plot(lengths, [value / 1e6 for value in values], marker="o", label=name)
+    left.set(xlabel="tokens", ylabel="cache [MB]", ylim=(0, None))
+    left.legend()
+    kinds = {"svd": "plain SVD", "whiten": "cskv", "first": "first and latest tokens"}
+    for start, label in kinds.items():
+        points = sorted((share, ppl) for name, share, ppl, _ in judged if name.startswith(start) and "int" not in name)
+        right.plot([x for x, _ in points], [y for _, y in points], marker="o", label=label)
+    points = sorted((share, ppl) for name, share, ppl, _ in judged if ", int" in name)
+    right.plot([x for x, _ in points], [y for _, y in points], marker="s", label="cskv, quantised")
+    right.axhline(judged[0][2], color="black", linewidth=1, linestyle=":", label="full cache")
+    right.set(xlabel="bytes per old token, share of the full cache", ylabel="perplexity", yscale="log")
+    right.legend()
+    return plot

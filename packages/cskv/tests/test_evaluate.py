@@ -1,0 +1,93 @@
+"""Evaluation at once, and the bytes that the bench counts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cskv import CSKVConfig, UnsupportedAttentionError, fit
+from cskv.bench.arms import dropped_tokens, passkey_accuracy, relative_errors
+from cskv.bench.memory import cache_of, fill, tensor_bytes
+from cskv.bench.text import Passkey
+from cskv.evaluate import cskv_cache, decoding_at_once, full_cache, perplexity, sequences
+
+CONFIG = CSKVConfig(k_rank=8, v_rank=12, window=4, init="svd")
+
+
+def test_evaluation_leaves_the_model_as_it_was(language_model, tokens):
+    model, ids = language_model(), tokens(1, 20)
+    before = model(ids).logits
+    with decoding_at_once(model, CONFIG, fit(model, CONFIG), 5):
+        assert not torch.equal(model(ids, use_cache=False).logits, before)
+    assert torch.equal(model(ids).logits, before)
+    assert all("_pared" not in vars(module) for module in model.modules())
+
+
+def test_perplexity_scores_the_tokens_behind_the_prompt(language_model, tokens):
+    model, ids = language_model(), tokens(1, 20)
+    losses = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+    assert perplexity(full_cache(model), [ids], 8) == pytest.approx(
+        math.exp(float(losses[7:].mean().detach())), rel=1e-4
+    )
+    assert perplexity(cskv_cache(model, CONFIG, fit(model, CONFIG)), [ids], 8) > 1
+
+
+def test_a_passkey_counts_when_every_token_of_it_is_the_likeliest(language_model, tokens):
+    model, prompt = language_model(), tokens(1, 12)
+    answer = model.generate(prompt, max_new_tokens=4, do_sample=False)[:, 12:]
+    wrong = answer.clone()
+    wrong[0, -1] = (wrong[0, -1] + 1) % 97
+    right, broken = Passkey(prompt, answer), Passkey(prompt, wrong)
+    assert passkey_accuracy(full_cache(model), [right, broken]) == (0.5, 7 / 8)
+
+
+def test_dropping_no_token_is_the_full_cache_and_dropping_some_is_not(language_model, tokens):
+    model, ids = language_model(), tokens(1, 40)
+    plain = model(ids).logits
+    assert torch.allclose(dropped_tokens(model, 1.0)(ids, 10), plain, atol=1e-4)
+    dropped = dropped_tokens(model, 0.2)(ids, 10)
+    assert torch.allclose(dropped[:, :10], plain[:, :10], atol=1e-4)
+    assert not torch.allclose(dropped[:, 30:], plain[:, 30:], atol=1e-2)
+
+
+def test_relative_errors_fall_with_the_rank_and_end_at_zero(language_model, tokens):
+    model, ids = language_model(), tokens(1, 40)
+    errors = []
+    for rank in (4, 16, 32):
+        config = CONFIG.replace(k_rank=rank, v_rank=rank)
+        errors.append(sum(relative_errors(model, config, fit(model, config), [ids])))
+    assert errors[0] > errors[1] > errors[2] == 0
+
+
+def test_attention_with_sinks_cannot_be_evaluated_at_once(language_model, tokens):
+    model = language_model("gpt-oss")
+    with (
+        decoding_at_once(model, CONFIG, fit(model, CONFIG), 5),
+        pytest.raises(UnsupportedAttentionError, match="s_aux"),
+    ):
+        model(tokens(1, 9), use_cache=False)
+
+
+def test_sequences_are_spread_over_the_text():
+    found = sequences(torch.arange(100), 3, 20)
+    assert [int(one[0, 0]) for one in found] == [0, 40, 80]
+    with pytest.raises(ValueError, match="100 tokens"):
+        sequences(torch.arange(100), 6, 20)
+
+
+@pytest.mark.parametrize("config", [None, CONFIG, CONFIG.replace(k_bits=4, v_bits=2, v_group=6)])
+def test_caches_can_be_filled_without_running_the_model(language_model, config):
+    model = language_model()
+    cache, handle = cache_of(model, config)
+    fill(model, cache, 700, torch.float32)
+    assert cache.get_seq_length() == 700
+    size = tensor_bytes(cache)
+    full = 2 * 2 * 700 * 32 * 4
+    if config is None:
+        # The library keeps a little beside keys and values.
+        assert full <= size <= full + 64
+    else:
+        assert size == cache.nbytes < 0.5 * full
+        assert handle.stats()["bytes"]["total"] == size
+        handle.remove()
