@@ -88,6 +88,6 @@ def test_caches_can_be_filled_without_running_the_model(language_model, config):
         # The library keeps a little beside keys and values.
         assert full <= size <= full + 64
     else:
-        assert size == cache.nbytes < 0.5 * full
+        assert size == cache.nbytes < 0.55 * full
         assert handle.stats()["bytes"]["total"] == size
         handle.remove()
