@@ -149,7 +149,8 @@ def _attention_hook(plan: LayerPlan) -> Callable[..., Any]:
             )
         cos, sin = arguments["position_embeddings"]
         before = arguments.get("attention_mask")
-        mask = layer.stage(arguments["hidden_states"], cos, sin, before, module.config._attn_implementation)
+        implementation = str(adapter.module.config._attn_implementation)  # type: ignore[union-attr]
+        mask = layer.stage(arguments["hidden_states"], cos, sin, before, implementation)
         if mask is before:
             return None
         # Give every argument by name: the mask may have come by position.

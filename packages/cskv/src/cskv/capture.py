@@ -49,7 +49,7 @@ def run_batch(view: DecoderView, batch: Batch) -> Tensor | None:
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
         found = type(ids).__name__ if not isinstance(ids, Tensor) else f"{tuple(ids.shape)} of {ids.dtype}"
         raise ConfigError(f"batches: input_ids is {found}; whole token numbers (batch, tokens) are needed", "batches")
-    device = view.embed.weight.device
+    device = next(view.embed.parameters()).device
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     only_text = set(inputs) <= {"input_ids", "attention_mask", "position_ids"}
     with torch.no_grad():

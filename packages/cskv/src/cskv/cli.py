@@ -237,7 +237,7 @@ def _sequences(
     from cskv.evaluate import sequences
 
     if data:
-        text = "\n\n".join(_checked(lambda path=path: path.read_text(encoding="utf-8"), "--data") for path in data)
+        text = _checked(lambda: "\n\n".join(path.read_text(encoding="utf-8") for path in data), "--data")
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     else:
         try:

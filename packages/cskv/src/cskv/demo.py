@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pared_bench import DemoContext, DemoResult, Figure, Table
@@ -49,7 +49,9 @@ def run(context: DemoContext, *, calibration: int = 4, texts: int = 1, bits: int
     judged: list[tuple[str, float, float, float]] = [
         ("full cache", 1.0, perplexity(plain, held, PREFIX), passkey_accuracy(plain, prompts)[1])
     ]
-    arms = [(k, v, init, None) for k, v in DENSITIES for init in ("svd", "whiten")]
+    plain_arms: tuple[Literal["svd", "whiten"], ...] = ("svd", "whiten")
+    arms: list[tuple[float, float, Literal["svd", "whiten"], int | None]]
+    arms = [(k, v, init, None) for k, v in DENSITIES for init in plain_arms]
     arms += [(k, v, "whiten", bits) for k, v in DENSITIES]
     for k_density, v_density, init, width in context.track(arms, "judging"):
         config = CSKVConfig(k_density=k_density, v_density=v_density, init=init, k_bits=width, v_bits=width)

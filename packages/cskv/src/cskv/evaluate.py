@@ -81,8 +81,17 @@ def _attention(
             return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         _refuse_extras(module, kwargs)
         k_hat, v_hat = rebuilt_whole(spec, key, value, *staged.pop(id(module)))
-        window = {"window": spec.config.window, "policy": spec.config.window_policy}
-        output = bibranch_attention(query, key, value, k_hat, v_hat, **window, prefix=prefix, scale=scaling)
+        output = bibranch_attention(
+            query,
+            key,
+            value,
+            k_hat,
+            v_hat,
+            window=spec.config.window,
+            policy=spec.config.window_policy,
+            prefix=prefix,
+            scale=scaling,
+        )
         return output.transpose(1, 2).contiguous(), None
 
     return attention
