@@ -89,7 +89,7 @@ def test_whitened_factors_have_the_loss_that_singular_values_predict(randn, rng)
         assert loss == pytest.approx(float(values[rank:].square().sum()), rel=1e-8)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), rank=st.integers(1, 8))
 def test_whitened_factors_beat_svd_and_asvd_on_any_second_moment(seed, rank):
     rng = torch.Generator().manual_seed(seed)
@@ -162,7 +162,7 @@ def test_codes_take_the_bits_they_should_and_bytes_are_counted(randn, bits, per_
     assert packed.nbytes == 3 * 16 * per_token + 2 * 2 * 3 * 2 * 13
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     bits=st.sampled_from([2, 4, 8]),
