@@ -246,17 +246,3 @@ def test_a_constant_objective_adds_nothing_to_inner_rows():
 
 def test_crowding_distance_of_no_rows_is_empty():
     assert F.crowding_distance([]) == []
-
-
-@pytest.mark.slow
-def test_matching_many_tokens_allocates_no_matrix_of_token_pairs(rng):
-    metric = torch.randn(2, 16384, 320, generator=rng)
-    base_idx = F.select_base_tokens(torch.randn(2, 16384, generator=rng), (128, 128), (2, 2))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        F.match_tokens(metric, base_idx, 6553)
-    held = peak = 0
-    for event in profile.events():
-        if event.name == "[memory]":
-            held += event.cpu_memory_usage
-            peak = max(peak, held)
-    assert 1e6 < peak < 64e6
