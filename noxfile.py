@@ -93,7 +93,8 @@ def add_member_sessions(one: Member) -> None:
         run_tests(session, one.tests, "proof or slow", "--timeout", "3600")
 
     def bench(session: nox.Session) -> None:
-        uv_run(session, "pared", "bench", one.method or one.name, *session.posargs)
+        extra = ("--package", one.name, "--extra", "bench") if "bench" in one.extras else ()
+        uv_run(session, *extra, "pared", "bench", one.method or one.name, *session.posargs)
 
     if is_kernels:
         add(

@@ -33,6 +33,8 @@ class Member:
     demo_requires: tuple[str, ...]
     #: Name of the method it registers in the entry-point group `pared.methods`, if any.
     method: str | None
+    #: Names of its extras.
+    extras: tuple[str, ...] = ()
 
     @property
     def is_package(self) -> bool:
@@ -88,6 +90,7 @@ def members(root: Path = ROOT) -> list[Member]:
                 module=name.replace("-", "_"),
                 requires=inside(project.get("dependencies", [])),
                 demo_requires=inside(project.get("optional-dependencies", {}).get("demo", [])),
+                extras=tuple(project.get("optional-dependencies", {})),
                 method=next(iter(methods), None),
             )
         )

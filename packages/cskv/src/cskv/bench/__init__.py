@@ -1,10 +1,11 @@
-"""What `pared bench cskv` measures: quality by factors, window and bits, finetuning, memory, and speed of decoding."""
+"""What `pared bench cskv` measures: quality by factors, window and bits, and beside other methods at equal bytes;
+finetuning; memory; speed of decoding."""
 
 from __future__ import annotations
 
 from pared_bench import BenchContext, Record
 
-EXPERIMENTS = ("quality", "finetune", "memory", "speed")
+EXPERIMENTS = ("quality", "equal-bytes", "finetune", "memory", "speed")
 
 
 def run(
@@ -27,12 +28,16 @@ def run(
         if count < least:
             raise ValueError(f"{name}={count!r} must be at least {least}")
     records: list[Record] = []
-    if {"quality", "finetune"} & set(chosen):
+    if {"quality", "equal-bytes", "finetune"} & set(chosen):
         from cskv.bench import quality
 
         study = quality.Study.prepare(context, sequences, passkeys, calibration)
         if "quality" in chosen:
             records += quality.run(context, study)
+        if "equal-bytes" in chosen:
+            from cskv.bench import equal_bytes
+
+            records += equal_bytes.run(context, study)
         if "finetune" in chosen:
             records += quality.run_finetune(context, study)
     if "memory" in chosen:

@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cskv.apply import CSKVHandle, apply
 from cskv.cache import CSKVLayer
@@ -31,7 +32,10 @@ def tensor_bytes(root: Any) -> int:
         if id(one) in seen or isinstance(one, torch.nn.Module | type):
             continue
         seen.add(id(one))
-        if isinstance(one, torch.Tensor):
+        if is_traceable_wrapper_subclass(one):
+            # A quantised tensor of another library: what it wraps is what is stored.
+            pending += [getattr(one, name) for name in one.__tensor_flatten__()[0]]
+        elif isinstance(one, torch.Tensor):
             storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
         elif isinstance(one, dict):
             pending += one.values()

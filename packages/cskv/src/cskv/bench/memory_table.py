@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from pared_bench import BenchContext, Record
 
+from cskv.bench import peers
 from cskv.bench.memory import cache_of, fill, resident_bytes, tensor_bytes
 from cskv.config import CSKVConfig
 
@@ -51,8 +53,9 @@ def run(context: BenchContext) -> list[Record]:
     model, records = shapes_model(), []
     settings = {"experiment": "memory", "shapes": "SmolLM2-135M", "dtype": "bfloat16", "weights": "random"}
     full: dict[int, int] = {}
-    for name, config in context.track(VARIANTS.items(), "bytes of tensors", len(VARIANTS)):
-        cache, handle = cache_of(model, config)
+    missing = peers.missing_peers()
+    bits = () if peers.QUANTIZED in missing else (4, 2)
+    for name, cache in context.track(_caches(model, bits), "bytes of tensors", len(VARIANTS) + len(bits)):
         before = 0
         for tokens in LENGTHS:
             fill(model, cache, tokens - before, torch.bfloat16, seed=before)
@@ -62,8 +65,8 @@ def run(context: BenchContext) -> list[Record]:
             variant = {**settings, "tokens": tokens}
             records.append(Record("cskv", name, "bytes", size, "B", variant))
             records.append(Record("cskv", name, "share of the full cache", size / full[tokens], "", variant))
-        if handle is not None:
-            handle.remove()
+    if not bits:
+        records.append(Record("cskv", peers.QUANTIZED, "bytes", None, "B", settings, note=missing[peers.QUANTIZED]))
     variant = {**settings, "tokens": RESIDENT_LENGTH}
     for name, config in context.track(VARIANTS.items(), "resident memory", len(VARIANTS)):
         if sys.platform == "linux":
@@ -73,3 +76,14 @@ def run(context: BenchContext) -> list[Record]:
             note = f"resident memory is read on Linux alone, this is {sys.platform}"
             records.append(Record("cskv", name, "resident growth", None, "B", variant, note=note))
     return records
+
+
+def _caches(model: Any, bits: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
+    """Name and empty cache of every variant, then transformers' quantised ones."""
+    for name, config in VARIANTS.items():
+        cache, handle = cache_of(model, config)
+        yield name, cache
+        if handle is not None:
+            handle.remove()
+    for width in bits:
+        yield f"{peers.QUANTIZED}, int{width}", peers.empty_quantized(model, width)

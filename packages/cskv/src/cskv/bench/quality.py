@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from pared_bench import BenchContext, Record
@@ -82,7 +81,7 @@ def run(context: BenchContext, study: Study) -> list[Record]:
             for side, error in zip("KV", errors, strict=True):
                 variant = {**settings, "k_rank": k_rank, "v_rank": v_rank}
                 records.append(Record("cskv", init, f"relative error of {side}", error, "", variant))
-    return records + [_absent(settings, *missing) for missing in _missing_baselines()]
+    return records
 
 
 def _arms(study: Study) -> Iterator[tuple[str, Logits, dict[str, Any]]]:
@@ -112,17 +111,6 @@ def _arms(study: Study) -> Iterator[tuple[str, Logits, dict[str, Any]]]:
     for k_rank, v_rank in RANKS[:3]:
         share = (k_rank + v_rank) / (2 * 192)
         yield "4 first and latest tokens", dropped_tokens(model, share), {"kept_share": round(share, 4)}
-
-
-def _missing_baselines() -> Iterator[tuple[str, str]]:
-    if not (find_spec("hqq") or find_spec("optimum")):
-        yield "transformers QuantizedCache", "neither hqq nor optimum-quanto is installed"
-    if not find_spec("kvpress"):
-        yield "ThinK and a token-dropping press", "kvpress is not installed"
-
-
-def _absent(settings: dict[str, Any], name: str, reason: str) -> Record:
-    return Record("cskv", name, "perplexity", None, "", settings, note=reason)
 
 
 def run_finetune(context: BenchContext, study: Study) -> list[Record]:

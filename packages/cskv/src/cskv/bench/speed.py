@@ -12,6 +12,7 @@ from pared_bench import BenchContext, Record
 from pared_bench.measure import peak_memory, time_paired
 
 from cskv.apply import apply
+from cskv.bench import peers
 from cskv.config import CSKVConfig
 
 DENSITY = 0.2
@@ -108,6 +109,9 @@ def measure(context: BenchContext, setting: Setting) -> list[Record]:
         factors = handle.factors
         candidates[name] = _stepper(twin, ids, _prefilled(twin, ids, handle.new_cache()))
         records.append(Record("cskv", name, "share of the full cache", handle.stats()["ratio"], "", settings))
+    if peers.QUANTIZED not in peers.missing_peers():
+        cache = peers.quantized(model, ids, 4)
+        candidates[f"{peers.QUANTIZED}, int4"] = _stepper(model, ids, cache)
     timings = time_paired(candidates, device=context.device, rounds=5, warmup=1)
     records += timings.records("cskv", "full cache", settings)
     if context.device.type == "cuda":
@@ -124,11 +128,12 @@ def _prefilled(model: Any, ids: torch.Tensor, cache: Any) -> Any:
 
 
 def _stepper(model: Any, ids: torch.Tensor, cache: Any) -> Callable[[], object]:
-    """One decoding step that leaves the cache as long as it was."""
+    """One decoding step that leaves the cache as long as it was; a cache that cannot do that grows by a token."""
 
     @torch.no_grad()
     def step() -> None:
         model(ids[:, :1], past_key_values=cache, use_cache=True)
-        cache.crop(-1)
+        if cache.is_croppable:
+            cache.crop(-1)
 
     return step
