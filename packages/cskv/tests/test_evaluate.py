@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from cskv import CSKVConfig, UnsupportedAttentionError, fit
-from cskv.bench.arms import dropped_tokens, passkey_accuracy, relative_errors
+from cskv import CSKVConfig, UnsupportedAttentionError, applied, fit
+from cskv.bench import peers
+from cskv.bench.arms import dropped_tokens, passkey_accuracy, plainly, relative_errors
 from cskv.bench.memory import cache_of, fill, tensor_bytes
-from cskv.bench.text import Passkey
+from cskv.bench.prompts import continued, read
 from cskv.evaluate import cskv_cache, decoding_at_once, full_cache, perplexity, sequences
 
 CONFIG = CSKVConfig(k_rank=8, v_rank=12, window=4, init="svd")
@@ -38,8 +39,32 @@ def test_a_passkey_counts_when_every_token_of_it_is_the_likeliest(language_model
     answer = model.generate(prompt, max_new_tokens=4, do_sample=False)[:, 12:]
     wrong = answer.clone()
     wrong[0, -1] = (wrong[0, -1] + 1) % 97
-    right, broken = Passkey(prompt, answer), Passkey(prompt, wrong)
-    assert passkey_accuracy(full_cache(model), [right, broken]) == (0.5, 7 / 8)
+    prompts = [(read(model, prompt), one) for one in (answer, wrong)]
+    method = plainly(lambda model, prompt: prompt.fill(peers.full(model)))
+    assert passkey_accuracy(model, method, prompts) == (0.5, 7 / 8)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_prompt_that_was_read_once_fills_a_cache_as_the_model_would(language_model, tokens, family):
+    model, ids = language_model(family), tokens(1, 30)
+    with applied(model, CONFIG, fit(model, CONFIG)) as handle:
+        expected = model(ids[:, 20:], past_key_values=model(ids[:, :20], use_cache=True).past_key_values).logits[0]
+    prompt = read(model, ids[:, :20])
+    with applied(model, CONFIG, fit(model, CONFIG)) as handle:
+        logits = continued(model, prompt.fill(handle.new_cache()), prompt, ids[:, 20:])
+    assert torch.allclose(logits[1:], expected[:-1], atol=1e-5)
+    assert torch.allclose(logits[0], model(ids[:, :20]).logits[0, -1], atol=1e-5)
+
+
+def test_first_and_latest_tokens_keep_their_positions(language_model, tokens):
+    model, ids = language_model(), tokens(1, 30)
+    prompt = read(model, ids[:, :20])
+    whole = continued(model, peers.first_and_latest(model, prompt, 1.0), prompt, ids[:, 20:])
+    assert torch.allclose(whole[1:], model(ids).logits[0, 20:-1], atol=1e-4)
+    half = peers.first_and_latest(model, prompt, 0.5)
+    assert half.get_seq_length() == 10
+    kept = torch.tensor([0, 1, 2, 3, 14, 15, 16, 17, 18, 19])
+    assert torch.equal(half.layers[1].values, prompt.values[1][:, :, kept])
 
 
 def test_dropping_no_token_is_the_full_cache_and_dropping_some_is_not(language_model, tokens):
@@ -56,7 +81,7 @@ def test_relative_errors_fall_with_the_rank_and_end_at_zero(language_model, toke
     errors = []
     for rank in (4, 16, 32):
         config = CONFIG.replace(k_rank=rank, v_rank=rank)
-        errors.append(sum(relative_errors(model, config, fit(model, config), [ids])))
+        errors.append(sum(relative_errors(model, config, fit(model, config), [read(model, ids)])))
     assert errors[0] > errors[1] > errors[2] == 0
 
 

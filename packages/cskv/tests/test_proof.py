@@ -6,8 +6,10 @@ import importlib.util
 
 import pytest
 from cskv import CSKVConfig, applied, calibrate, finetune, fit
-from cskv.bench import memory_table
-from cskv.bench.quality import LENGTH, PREFIX, QAT_RATE, QAT_STEPS
+from cskv.bench import memory_table, peers
+from cskv.bench.arms import passkey_accuracy, plainly, relative_errors, with_cskv
+from cskv.bench.prompts import read
+from cskv.bench.quality import LENGTH, PASSKEY_LENGTH, PREFIX, QAT_RATE, QAT_STEPS
 from cskv.bench.text import passkeys, reference_tokens
 from cskv.evaluate import cskv_cache, full_cache, perplexity, sequences
 from pared_bench import BenchContext
@@ -15,6 +17,7 @@ from pared_bench import BenchContext
 pytestmark = [pytest.mark.proof, pytest.mark.slow]
 
 BASE = CSKVConfig(k_rank=48, v_rank=96)
+RANKS = ((96, 96), (48, 96), (36, 36), (24, 48))
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +51,30 @@ def judge(language, stats):
 
 def test_whitened_factors_beat_the_others_at_every_rank(judge, language):
     full = perplexity(full_cache(language[0]), language[3], PREFIX)
-    for k_rank, v_rank in ((96, 96), (36, 36)):
+    for k_rank, v_rank in RANKS:
         config = BASE.replace(k_rank=k_rank, v_rank=v_rank)
         found = {init: judge(config.replace(init=init)) for init in ("whiten", "asvd", "svd")}
         assert full < found["whiten"] <= 0.6 * min(found["asvd"], found["svd"])
+
+
+def test_relative_errors_fall_from_plain_svd_over_asvd_to_whitened_factors(language, stats):
+    model, _, _, texts = language
+    texts = [read(model, ids) for ids in texts]
+    for k_rank, v_rank in RANKS:
+        config = BASE.replace(k_rank=k_rank, v_rank=v_rank)
+        found = [
+            relative_errors(model, config.replace(init=init), fit(model, config.replace(init=init), stats), texts)
+            for init in ("whiten", "asvd", "svd")
+        ]
+        for errors in zip(*found, strict=True):
+            assert list(errors) == sorted(errors)
+
+
+def test_passkeys_are_found_as_often_as_with_the_full_cache(language, stats):
+    model, tokenizer, _, _ = language
+    prompts = [(read(model, one.prompt), one.answer) for one in passkeys(tokenizer, 4, PASSKEY_LENGTH)]
+    full = passkey_accuracy(model, plainly(lambda model, prompt: prompt.fill(peers.full(model))), prompts)
+    assert passkey_accuracy(model, with_cskv(model, BASE, fit(model, BASE, stats)), prompts) == full == (1, 1)
 
 
 def test_values_are_the_sensitive_side(judge):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from pared_bench import DemoContext, DemoResult, Figure, Table
 
 from cskv.apply import applied
-from cskv.bench.arms import dropped_tokens, passkey_accuracy
+from cskv.bench import peers
+from cskv.bench.arms import Method, dropped_tokens, passkey_accuracy, plainly, with_cskv
 from cskv.bench.memory import tensor_bytes
+from cskv.bench.prompts import read
 from cskv.bench.text import passkeys, reference_tokens
 from cskv.calibrate import calibrate
 from cskv.config import CSKVConfig
-from cskv.evaluate import cskv_cache, full_cache, perplexity, sequences
+from cskv.evaluate import Logits, cskv_cache, full_cache, perplexity, sequences
 from cskv.fit import fit
 
 PREFIX, LENGTH = 128, 512
@@ -40,7 +43,8 @@ def run(context: DemoContext, *, calibration: int = 8, texts: int = 1, bits: int
     model.to(context.device)
     train, held_out = reference_tokens(tokenizer)
     held = [text.to(context.device) for text in sequences(held_out, texts, LENGTH)]
-    prompts = passkeys(tokenizer, 2, PASSKEY_LENGTH, context.seed)
+    keys = passkeys(tokenizer, 2, PASSKEY_LENGTH, context.seed)
+    prompts = [(read(model, one.prompt.to(context.device)), one.answer.to(context.device)) for one in keys]
     batches = sequences(train, calibration, CALIBRATION_LENGTH)
     stats = calibrate(model, batches, track=lambda items: context.track(items, "calibrating", len(batches)))
 
@@ -48,25 +52,26 @@ def run(context: DemoContext, *, calibration: int = 8, texts: int = 1, bits: int
     # Caches are mostly kept in 16 bits; bytes are counted there, and quality is judged in full precision.
     light = copy.deepcopy(model).to(torch.bfloat16)
     sizes = _memory(context, light, stats, quantised, train[: lengths[-1]][None], lengths)
-    plain = full_cache(model)
-    judged: list[tuple[str, float, float, float]] = [
-        ("full cache", 1.0, perplexity(plain, held, PREFIX), passkey_accuracy(plain, prompts)[1])
-    ]
+    judged: list[tuple[str, float, float, float]] = []
+
+    def judge(name: str, share: float, logits: Logits, method: Method) -> None:
+        found = perplexity(logits, held, PREFIX), passkey_accuracy(model, method, prompts)[1]
+        judged.append((name, share, *found))
+
+    judge("full cache", 1.0, full_cache(model), plainly(lambda model, prompt: prompt.fill(peers.full(model))))
     plain_arms: tuple[Literal["svd", "whiten"], ...] = ("svd", "whiten")
     arms: list[tuple[float, float, Literal["svd", "whiten"], int | None]]
     arms = [(k, v, init, None) for k, v in DENSITIES for init in plain_arms]
     arms += [(k, v, "whiten", bits) for k, v in DENSITIES]
     for k_density, v_density, init, width in context.track(arms, "judging"):
         config = CSKVConfig(k_density=k_density, v_density=v_density, init=init, k_bits=width, v_bits=width)
-        logits = cskv_cache(model, config, fit(model, config, stats))
+        factors = fit(model, config, stats)
         name = f"{init}, {k_density:g} / {v_density:g}" + (f", int{width}" if width else "")
-        share = _share(light, config)
-        judged.append((name, share, perplexity(logits, held, PREFIX), passkey_accuracy(logits, prompts)[1]))
+        judge(name, _share(light, config), cskv_cache(model, config, factors), with_cskv(model, config, factors))
     for k_density, v_density in context.track(DENSITIES, "dropping tokens"):
         share = (k_density + v_density) / 2
-        logits = dropped_tokens(model, share)
-        found = perplexity(logits, held, PREFIX), passkey_accuracy(logits, prompts)[1]
-        judged.append((f"first 4 and latest tokens, {share:g}", share, *found))
+        method = plainly(partial(peers.first_and_latest, share=share))
+        judge(f"first 4 and latest tokens, {share:g}", share, dropped_tokens(model, share), method)
 
     rows = [(name, f"{100 * share:.1f} %", f"{ppl:.2f}", f"{100 * key:.0f} %") for name, share, ppl, key in judged]
     quality = Table(

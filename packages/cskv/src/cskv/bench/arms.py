@@ -1,33 +1,42 @@
-"""Ways to keep a cache small, each as the logits it would give: CSKV, plain factors, token dropping, the full cache."""
+"""Ways to keep a cache small: as the caches that are left of a prompt, and as the logits of a text decoded so."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
-from cskv.bench.text import Passkey
+from cskv.apply import applied
+from cskv.bench.peers import SINKS
+from cskv.bench.prompts import ReadPrompt, continued
 from cskv.config import CSKVConfig
-from cskv.evaluate import Logits, perplexity
+from cskv.evaluate import Logits
 from cskv.factors import Factors
 from cskv.functional import split_heads
 from cskv.plan import plan_layers
 
-SINKS = 4
-"""First tokens that token dropping keeps, as StreamingLLM does."""
+Keep = Callable[[Any, ReadPrompt], Cache]
+"""(model, prompt): the cache that is left of the prompt."""
+
+Method = AbstractContextManager[Keep]
+"""What has to be done to the model while such caches are in use."""
 
 
-@dataclass(frozen=True)
-class Quality:
-    """Perplexity of the tokens behind the prompts, share of passkeys that came out whole, and of their tokens."""
+@contextmanager
+def plainly(keep: Keep) -> Iterator[Keep]:
+    """Caches of a model as it is."""
+    yield keep
 
-    perplexity: float
-    passkey: float
-    passkey_tokens: float
+
+@contextmanager
+def with_cskv(model: Any, config: CSKVConfig, factors: Factors) -> Iterator[Keep]:
+    """Caches of cskv, applied to `model`."""
+    with applied(model, config, factors) as handle:
+        yield lambda _, prompt: prompt.fill(handle.new_cache())
 
 
 def dropped_tokens(model: Any, share: float) -> Logits:
@@ -45,49 +54,40 @@ def dropped_tokens(model: Any, share: float) -> Logits:
     return logits
 
 
-@torch.no_grad()
-def passkey_accuracy(logits: Logits, prompts: Sequence[Passkey]) -> tuple[float, float]:
-    """Share of passkeys, and of their tokens, that greedy decoding gives; equal to teacher-forced argmax."""
-    whole, right, count = 0, 0, 0
-    for one in prompts:
-        prefix = one.prompt.shape[1]
-        rows = logits(torch.cat((one.prompt, one.answer), 1), prefix)[0, prefix - 1 : -1]
-        hits = rows.argmax(-1) == one.answer[0]
-        whole, right, count = whole + int(hits.all()), right + int(hits.sum()), count + hits.numel()
-    return whole / len(prompts), right / count
+def passkey_accuracy(model: Any, method: Method, prompts: Sequence[tuple[ReadPrompt, Tensor]]) -> tuple[float, float]:
+    """Share of passkeys (prompt, answer (1, n)), and of their tokens, that greedy decoding gives.
 
-
-def measure(logits: Logits, texts: Sequence[Tensor], prompts: Sequence[Passkey], prefix: int) -> Quality:
-    """Both judgements of one way to keep a cache."""
-    passkey = passkey_accuracy(logits, prompts) if prompts else (math.nan, math.nan)
-    return Quality(perplexity(logits, texts, prefix), *passkey)
+    Equal to teacher-forced argmax. Raises ValueError without prompts.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts to judge by")
+    with method as keep:
+        hits = [
+            continued(model, keep(model, prompt), prompt, answer).argmax(-1) == answer[0] for prompt, answer in prompts
+        ]
+    return sum(bool(one.all()) for one in hits) / len(hits), float(torch.cat(hits).double().mean())
 
 
 @torch.no_grad()
-def relative_errors(model: Any, config: CSKVConfig, factors: Factors, texts: Sequence[Tensor]) -> tuple[float, float]:
+def relative_errors(
+    model: Any, config: CSKVConfig, factors: Factors, texts: Sequence[ReadPrompt]
+) -> tuple[float, float]:
     """Mean over layers of |K - K_hat|^2 / |K|^2 and |V - V_hat|^2 / |V|^2 on `texts`, before any quantisation."""
-    from cskv.capture import reading, run_batch
-
-    view, plans = plan_layers(model, config)
-    sums: dict[tuple[int, str], list[float]] = {}
-    by_index = {plan.index: plan for plan in plans}
-
-    def read(adapter: Any, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-        for side, (weight, bias) in zip("kv", adapter.maps(), strict=True):
-            a, b = factors[adapter.index].side(side)
-            exact = torch.nn.functional.linear(x, weight, bias)
-            rebuilt = exact if a is None or b is None else torch.nn.functional.linear(x @ a.T.to(x), b.to(x), bias)
-            if side == "k" and adapter.key_norm is not None:
-                exact, rebuilt = (split_heads(adapter.norm_keys(one), adapter.num_kv_heads) for one in (exact, rebuilt))
-            pair = sums.setdefault((adapter.index, side), [0.0, 0.0])
-            pair[0] += float((exact - rebuilt).double().square().sum())
-            pair[1] += float(exact.double().square().sum())
-
-    with reading([plan.adapter for plan in plans], read):
-        for ids in texts:
-            run_batch(view, ids)
-    means = []
-    for side in "kv":
-        shares = [sums[index, side][0] / sums[index, side][1] for index in by_index]
-        means.append(sum(shares) / len(shares))
-    return means[0], means[1]
+    _, plans = plan_layers(model, config)
+    shares: dict[str, list[float]] = {"k": [], "v": []}
+    for plan in plans:
+        for side, (weight, bias) in zip("kv", plan.adapter.maps(), strict=True):
+            a, b = factors[plan.index].side(side)
+            lost = kept = 0.0
+            for text in texts:
+                x = text.inputs[plan.index]
+                exact = torch.nn.functional.linear(x, weight, bias)
+                rebuilt = exact if a is None or b is None else torch.nn.functional.linear(x @ a.T.to(x), b.to(x), bias)
+                if side == "k" and plan.adapter.key_norm is not None:
+                    exact, rebuilt = (
+                        split_heads(plan.adapter.norm_keys(one), plan.adapter.num_kv_heads) for one in (exact, rebuilt)
+                    )
+                lost += float((exact - rebuilt).double().square().sum())
+                kept += float(exact.double().square().sum())
+            shares[side].append(lost / kept)
+    return sum(shares["k"]) / len(plans), sum(shares["v"]) / len(plans)

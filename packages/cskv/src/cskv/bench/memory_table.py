@@ -86,4 +86,4 @@ def _caches(model: Any, bits: tuple[int, ...]) -> Iterator[tuple[str, Any]]:
         if handle is not None:
             handle.remove()
     for width in bits:
-        yield f"{peers.QUANTIZED}, int{width}", peers.empty_quantized(model, width)
+        yield f"{peers.QUANTIZED}, int{width}", peers.quantized(model, width)

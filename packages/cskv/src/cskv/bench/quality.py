@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pared_bench import BenchContext, Record
 from torch import Tensor
 
-from cskv.bench.arms import dropped_tokens, measure, relative_errors
-from cskv.bench.text import Passkey, passkeys, reference_tokens
+from cskv.bench import peers
+from cskv.bench.arms import Method, dropped_tokens, passkey_accuracy, plainly, relative_errors, with_cskv
+from cskv.bench.prompts import ReadPrompt, read
+from cskv.bench.text import passkeys, reference_tokens
 from cskv.calibrate import Statistics, calibrate
 from cskv.config import CSKVConfig
-from cskv.evaluate import Logits, cskv_cache, full_cache, sequences
+from cskv.evaluate import Logits, cskv_cache, full_cache, perplexity, sequences
 from cskv.factors import Factors
 from cskv.finetune import finetune
 from cskv.fit import fit
@@ -37,7 +40,7 @@ class Study:
     stats: Statistics
     calibration: list[Tensor]
     texts: list[Tensor]
-    prompts: list[Passkey]
+    prompts: list[tuple[ReadPrompt, Tensor]]
 
     @classmethod
     def prepare(cls, context: BenchContext, count: int, prompts: int, calibration: int) -> Study:
@@ -49,7 +52,8 @@ class Study:
         batches = sequences(train, calibration, CALIBRATION_LENGTH)
         stats = calibrate(model, batches, track=lambda items: context.track(items, "calibrating", calibration))
         texts = sequences(held_out, count, LENGTH)
-        return cls(model, stats, batches, texts, passkeys(tokenizer, prompts, PASSKEY_LENGTH, context.seed))
+        keys = passkeys(tokenizer, prompts, PASSKEY_LENGTH, context.seed)
+        return cls(model, stats, batches, texts, [(read(model, one.prompt), one.answer) for one in keys])
 
     def settings(self, experiment: str) -> dict[str, Any]:
         """What every number was measured on."""
@@ -67,26 +71,43 @@ def run(context: BenchContext, study: Study) -> list[Record]:
     records = []
     settings = study.settings("quality")
     arms = list(_arms(study))
-    for name, logits, extra in context.track(arms, "judging"):
-        found = measure(logits, study.texts, study.prompts, PREFIX)
-        variant = {**settings, **extra}
-        records.append(Record("cskv", name, "perplexity", found.perplexity, "", variant))
+    for arm in context.track(arms, "judging"):
+        variant = {**settings, **arm.settings}
+        found = perplexity(arm.logits, study.texts, PREFIX)
+        records.append(Record("cskv", arm.name, "perplexity", found, "", variant))
         if study.prompts:
-            records.append(Record("cskv", name, "passkey", found.passkey, "", variant))
-            records.append(Record("cskv", name, "passkey tokens", found.passkey_tokens, "", variant))
+            keys = passkey_accuracy(study.model, arm.method, study.prompts)
+            for metric, value in zip(("passkey", "passkey tokens"), keys, strict=True):
+                records.append(Record("cskv", arm.name, metric, value, "", variant))
+    texts = [read(study.model, ids) for ids in study.texts]
     for init in ("svd", "asvd", "whiten"):
         for k_rank, v_rank in RANKS:
             config = BASE.replace(k_rank=k_rank, v_rank=v_rank, init=init)
-            errors = relative_errors(study.model, config, fit(study.model, config, study.stats), study.texts)
+            errors = relative_errors(study.model, config, fit(study.model, config, study.stats), texts)
             for side, error in zip("KV", errors, strict=True):
                 variant = {**settings, "k_rank": k_rank, "v_rank": v_rank}
                 records.append(Record("cskv", init, f"relative error of {side}", error, "", variant))
     return records
 
 
-def _arms(study: Study) -> Iterator[tuple[str, Logits, dict[str, Any]]]:
+@dataclass(frozen=True)
+class Arm:
+    """A way to keep a cache small, judged on a whole text by `logits` and behind prompts by `method`."""
+
+    name: str
+    logits: Logits
+    method: Method
+    settings: dict[str, Any]
+
+
+def _arms(study: Study) -> Iterator[Arm]:
     model, stats = study.model, study.stats
-    yield "full cache", full_cache(model), {}
+
+    def cskv(name: str, config: CSKVConfig, factors: Factors, **settings: Any) -> Arm:
+        settings = {"window": config.window, **settings}
+        return Arm(name, cskv_cache(model, config, factors), with_cskv(model, config, factors), settings)
+
+    yield Arm("full cache", full_cache(model), plainly(lambda model, prompt: prompt.fill(peers.full(model))), {})
     whitened: dict[tuple[int, int], Factors] = {}
     for k_rank, v_rank in RANKS:
         for init in ("svd", "asvd", "whiten"):
@@ -94,23 +115,23 @@ def _arms(study: Study) -> Iterator[tuple[str, Logits, dict[str, Any]]]:
             factors = fit(model, config, stats)
             if init == "whiten":
                 whitened[k_rank, v_rank] = factors
-            yield init, cskv_cache(model, config, factors), {"k_rank": k_rank, "v_rank": v_rank, "window": 32}
+            yield cskv(init, config, factors, k_rank=k_rank, v_rank=v_rank)
     for bits, zero_point in ((4, "affine"), (4, "clamped"), (2, "affine")):
         for ranks in ((96, 96), (48, 96), (36, 36)):
             config = BASE.replace(k_rank=ranks[0], v_rank=ranks[1], k_bits=bits, v_bits=bits, zero_point=zero_point)
-            extra = {"k_rank": ranks[0], "v_rank": ranks[1], "window": 32}
-            yield f"whiten, int{bits} {zero_point}", cskv_cache(model, config, whitened[ranks]), extra
+            name = f"whiten, int{bits} {zero_point}"
+            yield cskv(name, config, whitened[ranks], k_rank=ranks[0], v_rank=ranks[1])
     for ranks in ((48, 96), (36, 36)):
         for window, policy in ((0, "sliding"), (8, "sliding"), (128, "sliding"), (32, "block")):
             config = BASE.replace(k_rank=ranks[0], v_rank=ranks[1], window=window, window_policy=policy)
-            extra = {"k_rank": ranks[0], "v_rank": ranks[1], "window": window}
             name = "whiten" if policy == "sliding" else "whiten, block window"
-            yield name, cskv_cache(model, config, whitened[ranks]), extra
+            yield cskv(name, config, whitened[ranks], k_rank=ranks[0], v_rank=ranks[1])
     exact = CSKVConfig(k_density=1, v_density=1, k_bits=4, v_bits=4)
-    yield "full cache in int4 (as KIVI)", cskv_cache(model, exact, fit(model, exact)), {"window": 32}
+    yield cskv("full cache in int4 (as KIVI)", exact, fit(model, exact))
     for k_rank, v_rank in RANKS[:3]:
         share = (k_rank + v_rank) / (2 * 192)
-        yield "4 first and latest tokens", dropped_tokens(model, share), {"kept_share": round(share, 4)}
+        method = plainly(partial(peers.first_and_latest, share=share))
+        yield Arm("4 first and latest tokens", dropped_tokens(model, share), method, {"kept_share": round(share, 4)})
 
 
 def run_finetune(context: BenchContext, study: Study) -> list[Record]:
@@ -137,7 +158,7 @@ def run_finetune(context: BenchContext, study: Study) -> list[Record]:
             ("quantised", config, factors),
             ("quantised and finetuned", config, trained),
         ):
-            found = measure(cskv_cache(study.model, one, used), study.texts, [], PREFIX)
+            found = perplexity(cskv_cache(study.model, one, used), study.texts, PREFIX)
             variant = {**settings, "init": init, "quantiser": f"int{bits} {zero_point}"}
-            records.append(Record("cskv", name, "perplexity", found.perplexity, "", variant))
+            records.append(Record("cskv", name, "perplexity", found, "", variant))
     return records

@@ -110,7 +110,7 @@ def measure(context: BenchContext, setting: Setting) -> list[Record]:
         candidates[name] = _stepper(twin, ids, _prefilled(twin, ids, handle.new_cache()))
         records.append(Record("cskv", name, "share of the full cache", handle.stats()["ratio"], "", settings))
     if peers.QUANTIZED not in peers.missing_peers():
-        cache = peers.quantized(model, ids, 4)
+        cache = _prefilled(model, ids, peers.quantized(model, 4))
         candidates[f"{peers.QUANTIZED}, int4"] = _stepper(model, ids, cache)
     timings = time_paired(candidates, device=context.device, rounds=5, warmup=1)
     records += timings.records("cskv", "full cache", settings)
