@@ -63,9 +63,8 @@ def pressed(model: Any, prompt: ReadPrompt, presses: Sequence[Any]) -> Cache:
     for index, (layer, view) in enumerate(zip(cache.layers, DecoderView.of(model).layers, strict=True)):
         # Some methods write into what they are given, and the prompt serves other caches as well.
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
-        rotary = {"position_embeddings": (prompt.cos[index], prompt.sin[index])}
+        inputs = prompt.inputs[index]
+        arguments = {"hidden_states": inputs, "position_embeddings": (prompt.cos[index], prompt.sin[index])}
         for press in presses:
-            layer.keys, layer.values = press.compress(
-                view.attention, prompt.inputs[index], layer.keys, layer.values, None, rotary
-            )
+            layer.keys, layer.values = press.compress(view.attention, inputs, layer.keys, layer.values, None, arguments)
     return cache
