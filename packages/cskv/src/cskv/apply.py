@@ -13,11 +13,13 @@ from pared_hooks import AlreadyAppliedError, ConfigError, DecoderView, Handle, P
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
 
-from cskv.cache import Applied, CSKVCache, CSKVLayer, FactorBuffers, LayerSpec, resolve_backend
+from cskv.backend import resolve_backend
+from cskv.cache import Applied, CSKVCache, CSKVLayer, FactorBuffers, LayerSpec
 from cskv.config import CSKVConfig
 from cskv.errors import AppliedTwiceError
 from cskv.factors import Factors, check_factors
 from cskv.fit import fit
+from cskv.fused import FusedAttention
 from cskv.plan import LayerPlan, plan_layers
 
 OWNER = "cskv"
@@ -98,7 +100,7 @@ def apply(
     if not isinstance(config, CSKVConfig):
         raise ConfigError(f"config = {config!r} is not valid: a CSKVConfig", "config")
     view, plans = plan_layers(model, config)
-    backend = resolve_backend(config, view.root, view.head_dim)
+    backend = resolve_backend(config, view, plans)
     checked = check_factors(fit(model, config) if factors is None else factors, plans)
     shared = Applied()
     specs: dict[int, LayerSpec] = {}
@@ -106,11 +108,16 @@ def apply(
         with Patch(OWNER) as patch:
             patch.claim(view.model, "decoder.cache")
             patch.on_remove(lambda: setattr(shared, "removed", True))
+            fused = FusedAttention(view.config._attn_implementation, shared) if backend == "triton" else None
+            if fused is not None:
+                fused.name = patch.set_attention(view.model, OWNER, fused, fused.mask)
             for plan in plans:
                 buffers = FactorBuffers(plan, checked[plan.index])
-                specs[plan.index] = LayerSpec(plan, buffers, config, shared)
+                specs[plan.index] = LayerSpec(plan, buffers, config, shared, fused is not None and plan.has_factors)
                 patch.add_module(plan.adapter.module, BUFFERS, buffers)
-                patch.add_hook(plan.adapter.module, "forward_pre", _attention_hook(plan), with_kwargs=True)
+                patch.add_hook(
+                    plan.adapter.module, "forward_pre", _attention_hook(plan, shared, fused), with_kwargs=True
+                )
             text_config = view.config.get_text_config(decoder=True)
             patch.add_hook(view.model, "forward_pre", _decoder_hook(view, text_config, specs), with_kwargs=True)
     except AlreadyAppliedError as error:
@@ -131,11 +138,13 @@ def _stored(plan: LayerPlan) -> dict[str, int | str]:
     return {side: "exact" if plan.rank(side) is None else plan.rank(side) or 0 for side in ("k", "v")}
 
 
-def _attention_hook(plan: LayerPlan) -> Callable[..., Any]:
+def _attention_hook(plan: LayerPlan, shared: Applied, fused: FusedAttention | None) -> Callable[..., Any]:
     """Hand the inputs of an attention to its cache layer, and give it the mask for what the layer will return."""
     adapter = plan.adapter
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # A call that broke off may have left something for fused attention to read.
+        shared.handed.pop(id(module), None)
         arguments = adapter.arguments(args, kwargs)
         cache = arguments.get("past_key_values")
         layer = cache.layers[adapter.index] if isinstance(cache, CSKVCache) else None
@@ -150,7 +159,12 @@ def _attention_hook(plan: LayerPlan) -> Callable[..., Any]:
         cos, sin = arguments["position_embeddings"]
         before = arguments.get("attention_mask")
         implementation = str(adapter.module.config._attn_implementation)  # type: ignore[union-attr]
-        mask = layer.stage(arguments["hidden_states"], cos, sin, before, implementation)
+        # Somebody may have set another implementation since; then the layer returns all columns.
+        is_fused = fused is not None and implementation == fused.name
+        if fused is not None and is_fused:
+            implementation = fused.previous
+        fuses = is_fused and layer.spec.fused
+        mask = layer.stage(arguments["hidden_states"], cos, sin, before, implementation, fuses)
         if mask is before:
             return None
         # Give every argument by name: the mask may have come by position.

@@ -10,36 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
+from cskv import fused
+from cskv.branches import Branches
 from cskv.config import CSKVConfig
 from cskv.factors import LayerFactors
 from cskv.functional import first_exact_columns, full_precision_tail, split_heads
 from cskv.masks import windowed_mask
 from cskv.plan import LayerPlan
 from cskv.rotary import RotaryRows
-from cskv.storage import LatentStore, QuantizationPlan
-
-TRITON_HEADS = (64, 128, 256)
 
 ROLLBACK = 32
 """Tokens of the latest call that `crop` can take back without a loss of exact ones before them."""
-
-
-def resolve_backend(config: CSKVConfig, model: nn.Module, head_dim: int) -> str:
-    """The implementation of decoding to use, "torch" or "triton"; "auto" is "torch".
-
-    Raises RuntimeError when `config.backend` is "triton" and that cannot run: without CUDA, for heads of another size
-    than 64, 128 or 256, or where `pared_kernels` has no fused decoding.
-    """
-    if config.backend != "triton":
-        return "torch"
-    devices = {parameter.device.type for parameter in model.parameters()}
-    if devices != {"cuda"}:
-        raise RuntimeError(f'backend = "triton" needs CUDA; the model is on {", ".join(sorted(devices)) or "nothing"}')
-    if head_dim not in TRITON_HEADS:
-        raise RuntimeError(f'backend = "triton" needs heads of 64, 128 or 256 channels; this model has {head_dim}')
-    # The one place where fused decoding is to be chosen; `CSKVLayer.update` then returns the new tokens alone and an
-    # attention function of the interface reads the layer.
-    raise RuntimeError('backend = "triton" needs fused decoding, which this version lacks: use "torch" or "auto"')
 
 
 @dataclass
@@ -57,11 +38,15 @@ class Usage:
 
 
 class Applied:
-    """What a handle and its caches share: whether the handle is still on the model, and what was cached last."""
+    """What a handle and its caches share: whether the handle is still on the model, and what was cached last.
+
+    `handed` holds, for an attention module whose layer has just stored its new token, where fused attention is to read.
+    """
 
     def __init__(self) -> None:
         self.removed = False
         self.usage = Usage()
+        self.handed: dict[int, Handed] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Applied:
         return self
@@ -92,12 +77,13 @@ class FactorBuffers(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class LayerSpec:
-    """How one layer is cached. Shared by all caches of a handle."""
+    """How one layer is cached. Shared by all caches of a handle. `fused`: single tokens go through pared_kernels."""
 
     plan: LayerPlan
     buffers: FactorBuffers
     config: CSKVConfig
     applied: Applied
+    fused: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerSpec:
         # A copied cache belongs to the same model.
@@ -128,65 +114,6 @@ class LayerSpec:
         return split_heads(latents, self.plan.adapter.num_kv_heads)
 
 
-class Branches:
-    """Keys, or values, of one layer: all tokens as latents, the latest ones exactly as well.
-
-    A side that is `lossless`, without factor and quantiser, keeps its exact tokens as the latents and needs no tail.
-    """
-
-    def __init__(self, rank: int | None, quantization: QuantizationPlan | None) -> None:
-        self.compresses = rank is not None
-        self.lossless = rank is None and quantization is None
-        self.store = LatentStore(quantization)
-        self.tail: Tensor | None = None
-
-    def append(self, latents: Tensor | None, exact: Tensor) -> None:
-        """Add new tokens: latents (B, n, rank) where there is a factor, exact ones (B, H_kv, n, D)."""
-        self.store.append(exact.transpose(1, 2).flatten(2) if latents is None else latents)
-        if not self.lossless:
-            self.tail = exact if self.tail is None else torch.cat((self.tail, exact), dim=2)
-
-    def columns(self, rebuilt: int, exact_from: int, rebuild: Callable[[Tensor], Tensor]) -> Tensor:
-        """Tokens 0 .. rebuilt - 1 from latents, then tokens from `exact_from` on exactly; (B, H_kv, columns, D)."""
-        if self.lossless:
-            if rebuilt == exact_from:
-                return rebuild(self.store.read())
-            latents = self.store.read()
-            return torch.cat((rebuild(latents[:, :rebuilt]), rebuild(latents[:, exact_from:])), dim=2)
-        assert self.tail is not None
-        exact = self.tail[:, :, self.tail.shape[2] - (self.store.length - exact_from) :]
-        return torch.cat((rebuild(self.store.read(rebuilt)), exact), dim=2) if rebuilt else exact
-
-    def keep_tail(self, length: int) -> None:
-        """Keep only the latest `length` exact tokens."""
-        if self.tail is not None and self.tail.shape[2] > length:
-            # A view would keep the whole prompt alive.
-            self.tail = self.tail[:, :, self.tail.shape[2] - length :].clone()
-
-    def remove(self, count: int) -> None:
-        """Forget the latest `count` tokens."""
-        self.store.truncate(self.store.length - count)
-        if self.tail is not None:
-            self.tail = self.tail[:, :, : max(self.tail.shape[2] - count, 0)].clone()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.store.clear()
-        self.tail = None
-
-    def over_batch(self, stores: Callable[[Any], None], tail: Callable[[Tensor], Tensor]) -> None:
-        """Change the batch rows of what is kept: `stores` in place, `tail` by what it returns."""
-        for store in self.store.tensors():
-            stores(store)
-        if self.tail is not None:
-            self.tail = tail(self.tail)
-
-    def nbytes(self) -> dict[str, int]:
-        """Bytes by kind."""
-        tail = 0 if self.tail is None else self.tail.untyped_storage().nbytes()
-        return {"compressed": self.store.latent_nbytes, "tail": tail, "metadata": self.store.metadata_nbytes}
-
-
 @dataclass
 class Stage:
     """What the hook before an attention tells its cache layer, until the attention calls `update`."""
@@ -196,6 +123,15 @@ class Stage:
     sin: Tensor
     rebuilt: int
     exact_from: int
+    fused: bool
+
+
+@dataclass(frozen=True)
+class Handed:
+    """A layer with the current token stored: attention reads `rebuilt` latents and exact tokens from there on."""
+
+    layer: CSKVLayer
+    rebuilt: int
 
 
 class CSKVLayer(CacheLayerMixin):
@@ -213,15 +149,16 @@ class CSKVLayer(CacheLayerMixin):
         self.usage = usage
         self.owns_rotary = owns_rotary
         self.record_past = False
-        self._key_branches = Branches(spec.plan.k_rank, spec.plan.k_quantization)
-        self._value_branches = Branches(spec.plan.v_rank, spec.plan.v_quantization)
+        self._key_branches = Branches(spec.plan.k_rank, spec.plan.k_quantization, spec.fused)
+        self._value_branches = Branches(spec.plan.v_rank, spec.plan.v_quantization, spec.fused)
         self._stage: Stage | None = None
         # Where in the sequence the exact tail begins; tokens before it exist as latents alone.
         self._tail_from = 0
         self._keeps_prompt = spec.config.chunked_prefill == "exact"
 
     @property
-    def _sides(self) -> tuple[Branches, Branches]:
+    def sides(self) -> tuple[Branches, Branches]:
+        """Keys and values."""
         return self._key_branches, self._value_branches
 
     @property
@@ -233,11 +170,20 @@ class CSKVLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def stage(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, attention_mask: Any, implementation: str) -> Any:
+    def stage(
+        self,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention_mask: Any,
+        implementation: str,
+        fused: bool = False,
+    ) -> Any:
         """Take what the coming `update` needs, and return the attention mask that fits what it will return.
 
-        `hidden_states` (B, q, d) are the inputs of the projections; `cos`, `sin` (B or 1, q, D_rot) of the new tokens.
-        Raises RuntimeError when the handle was removed, and `UnsupportedAttentionError` as `windowed_mask` does.
+        `hidden_states` (B, q, d) are the inputs of the projections; `cos`, `sin` (B or 1, q, D_rot) of the new tokens;
+        `fused` tells that fused attention will run and can read the layer itself. Raises RuntimeError when the handle
+        was removed, and `UnsupportedAttentionError` as `windowed_mask` does.
         """
         self._check_applied()
         past, queries = self.get_seq_length(), hidden_states.shape[1]
@@ -254,7 +200,7 @@ class CSKVLayer(CacheLayerMixin):
                 device=hidden_states.device,
             ).clamp(min=self._tail_from)
             attention_mask = windowed_mask(attention_mask, rows, past, rebuilt, exact_from, implementation)
-        self._stage = Stage(hidden_states, cos, sin, rebuilt, exact_from)
+        self._stage = Stage(hidden_states, cos, sin, rebuilt, exact_from, fused and queries == 1 and past > 0)
         return attention_mask
 
     def _first_exact(self, past: int, queries: int) -> Callable[[int], int]:
@@ -271,7 +217,8 @@ class CSKVLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new tokens and return all columns for attention; keys (rotated) and values (B, H_kv, q, D).
 
-        Raises RuntimeError when the handle was removed or no hook has staged the inputs.
+        Where fused attention reads the layer itself, the new token comes back as it is. Raises RuntimeError when the
+        handle was removed or no hook has staged the inputs.
         """
         self._check_applied()
         stage, self._stage = self._stage, None
@@ -284,22 +231,40 @@ class CSKVLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
-        if self.spec.plan.adapter.uses_rope and self.spec.plan.k_rank is not None:
-            self.rotary.extend(stage.cos, stage.sin, past)
+        keys_turn = self.spec.plan.adapter.uses_rope and self.spec.plan.k_rank is not None
         # Nothing that is stored carries a graph; the first chunk of a prompt passes through as it is.
         with torch.no_grad():
-            latents = self.spec.latents(stage.hidden_states)
-            for side, latent, exact in zip(self._sides, latents, (key_states, value_states), strict=True):
-                side.append(latent, exact.detach())
-            for side in self._sides:
+            if fuses := stage.fused and self._can_fuse(stage.hidden_states, key_states):
+                rotary = self.rotary.reserve(stage.cos, stage.sin, past) if keys_turn else None
+                fused.append(self, stage.hidden_states, key_states, value_states, rotary)
+            else:
+                if keys_turn:
+                    self.rotary.extend(stage.cos, stage.sin, past)
+                latents = self.spec.latents(stage.hidden_states)
+                for side, latent, exact in zip(self.sides, latents, (key_states, value_states), strict=True):
+                    side.append(latent, exact.detach())
+            for side in self.sides:
                 side.store.quantize(stage.rebuilt, touching=True)
-            keys, values = self._columns(stage.rebuilt, stage.exact_from) if past else (key_states, value_states)
+            if fuses:
+                keys, values = key_states, value_states
+                self.spec.applied.handed[id(self.spec.plan.adapter.module)] = Handed(self, stage.rebuilt)
+            elif past:
+                keys, values = self.columns(stage.rebuilt, stage.exact_from)
+            else:
+                keys, values = key_states, value_states
             if not self.record_past:
                 self._trim(queries)
         self._report(key_states)
         return keys, values
 
-    def _columns(self, rebuilt: int, exact_from: int) -> tuple[Tensor, Tensor]:
+    def _can_fuse(self, hidden_states: Tensor, key_states: Tensor) -> bool:
+        """Whether the kernels take this token: one dtype everywhere, and rotary rows whose halves repeat."""
+        down = self.spec.buffers.down
+        turns = self.spec.plan.adapter.uses_rope
+        one_dtype = down is not None and hidden_states.dtype == down.dtype == key_states.dtype == self.dtype
+        return one_dtype and (not turns or self.rotary.repeats)
+
+    def columns(self, rebuilt: int, exact_from: int) -> tuple[Tensor, Tensor]:
         """Keys and values that attention reads: `rebuilt` tokens from latents, those from `exact_from` on exactly."""
 
         def rotary() -> tuple[Tensor, Tensor]:
@@ -316,7 +281,7 @@ class CSKVLayer(CacheLayerMixin):
         place = max(length - min(queries, ROLLBACK), 0)
         first = place + 1 - full_precision_tail(place + 1, config.window, config.window_policy)
         self._tail_from = max(self._tail_from, first)
-        for side in self._sides:
+        for side in self.sides:
             side.keep_tail(length - self._tail_from)
             # What is still exact is not read as latents: a rollback into it must not find it rounded.
             side.store.quantize(self._tail_from)
@@ -346,7 +311,7 @@ class CSKVLayer(CacheLayerMixin):
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by kind: "compressed" latents, exact "tail", "metadata" of quantisation."""
-        parts = [side.nbytes() for side in self._sides]
+        parts = [side.nbytes() for side in self.sides]
         return {kind: sum(part[kind] for part in parts) for kind in parts[0]}
 
     def activate_past_recording(self) -> None:
@@ -371,7 +336,7 @@ class CSKVLayer(CacheLayerMixin):
             self.reset()
             return
         if tokens_to_remove:
-            for side in self._sides:
+            for side in self.sides:
                 side.remove(-tokens_to_remove)
             if not self._lossless:
                 self._tail_from = min(self._tail_from, length)
@@ -381,7 +346,7 @@ class CSKVLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything; the layer can be used for another sequence."""
-        for side in self._sides:
+        for side in self.sides:
             side.clear()
         self._stage = None
         self._tail_from = 0
@@ -399,8 +364,9 @@ class CSKVLayer(CacheLayerMixin):
         if not self.is_initialized:
             return
         rows = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
-        for side in self._sides:
-            side.over_batch(lambda store: store.select(rows), lambda tail: tail.index_select(0, rows.to(tail.device)))
+        for side in self.sides:
+            for store in side.tensors():
+                store.select(rows)
         if self.owns_rotary:
             self.rotary.select(rows)
 
@@ -408,8 +374,9 @@ class CSKVLayer(CacheLayerMixin):
         """Repeat every batch row `repeats` times."""
         if not self.is_initialized:
             return
-        for side in self._sides:
-            side.over_batch(lambda store: store.repeat(repeats), lambda tail: tail.repeat_interleave(repeats, dim=0))
+        for side in self.sides:
+            for store in side.tensors():
+                store.repeat(repeats)
         if self.owns_rotary:
             self.rotary.repeat(repeats)
 
@@ -423,8 +390,9 @@ class CSKVLayer(CacheLayerMixin):
             self._move(self.device)
 
     def _move(self, device: torch.device | str) -> None:
-        for side in self._sides:
-            side.over_batch(lambda store: store.to(device), lambda tail: tail.to(device, non_blocking=True))
+        for side in self.sides:
+            for store in side.tensors():
+                store.to(device)
 
 
 class CSKVCache(Cache):

@@ -46,7 +46,8 @@ class CSKVConfig(Config):
     chunked_prefill: Literal["compressed", "exact"] = "compressed"
     """Prompts given in several calls: later chunks read compressed tokens, or all stay exact until decoding begins."""
     backend: Literal["auto", "torch", "triton"] = "auto"
-    """Implementation of decoding; "triton" needs CUDA and heads of 64, 128 or 256 channels."""
+    """Implementation of decoding: plain torch, or fused kernels, which need CUDA and heads of 64, 128 or 256 channels.
+    "auto" takes the kernels where they run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,6 +21,8 @@ ZeroPoint = Literal["affine", "clamped"]
 SMALLEST_RANGE = 1e-5
 """A group whose values span less than this is quantised as if it spanned this much."""
 
+BEYOND_FLOAT16 = "x has values beyond the range of float16, or that are not finite; it cannot be quantised"
+
 QUERY_BLOCK = 256
 """Queries that `bibranch_attention` scores at once."""
 
@@ -193,7 +195,7 @@ def quantize(x: Tensor, *, bits: int, axis: Axis, group_size: int, zero_point: Z
     codes, scale, offset = _codes(exact, bits, axis_of_group, zero_point)
     scale, offset = scale.squeeze(axis_of_group).half(), offset.squeeze(axis_of_group).half()
     if not bool(torch.isfinite(scale).all() & torch.isfinite(offset).all()):
-        raise ValueError("x has values beyond the range of float16, or that are not finite; it cannot be quantised")
+        raise ValueError(BEYOND_FLOAT16)
     meta = PackedMeta(tuple(x.shape), bits, axis, group_size, zero_point, x.dtype)
     return Packed(_pack(codes.reshape(x.shape).to(torch.uint8), bits), scale, offset, meta)
 

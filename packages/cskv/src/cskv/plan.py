@@ -30,6 +30,11 @@ class LayerPlan:
         """Number of the layer in the model."""
         return self.adapter.index
 
+    @property
+    def has_factors(self) -> bool:
+        """Whether both keys and values are kept as latents of a factor."""
+        return self.k_rank is not None and self.v_rank is not None
+
     def rank(self, side: str) -> int | None:
         """Rank of the side "k" or "v"."""
         return self.k_rank if side == "k" else self.v_rank

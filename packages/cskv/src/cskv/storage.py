@@ -2,51 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pared_kernels import QuantizedLatents, cskv_quant_flush
 from torch import Tensor
 
-from cskv.functional import Axis, Packed, PackedMeta, dequantize, quantize
+from cskv.functional import BEYOND_FLOAT16, Axis, Packed, PackedMeta, dequantize, quantize
 
 SLACK_SHARE, LEAST_SLACK, MOST_SLACK = 16, 8, 1024
 """Free rows after growing: a sixteenth of those in use, within these bounds. The first rows are stored without any."""
 
 
 class GrowingTensor:
-    """Rows (batch, rows, ...) that are appended in place; copied only when the capacity is exceeded."""
+    """Rows (batch, rows, ...), appended in place and forgotten at both ends; copied only when room is used up."""
 
     def __init__(self) -> None:
         self.data: Tensor | None = None
+        self.begin = 0
         self.length = 0
+
+    def adopt(self, rows: Tensor) -> None:
+        """Begin with `rows` (batch, n, ...) themselves, not a copy of them; only while there are no rows."""
+        self.data, self.begin, self.length = rows, 0, rows.shape[1]
 
     def append(self, rows: Tensor) -> None:
         """Add `rows` (batch, n, ...) at the end."""
-        needed = self.length + rows.shape[1]
-        if self.data is None or needed > self.data.shape[1]:
+        self.reserve(rows.shape[1], rows).copy_(rows)
+
+    def reserve(self, count: int, like: Tensor) -> Tensor:
+        """Add `count` rows like those of `like` (batch, any, ...) at the end; the caller writes what is returned."""
+        needed = self.length + count
+        if self.data is None or self.begin + needed > self.data.shape[1]:
             slack = 0 if self.data is None else min(max(needed // SLACK_SHARE, LEAST_SLACK), MOST_SLACK)
-            grown = rows.new_empty((rows.shape[0], needed + slack, *rows.shape[2:]))
+            grown = like.new_empty((like.shape[0], needed + slack, *like.shape[2:]))
             if self.data is not None:
-                grown[:, : self.length] = self.data[:, : self.length]
-            self.data = grown
-        self.data[:, self.length : needed] = rows
+                grown[:, : self.length] = self.rows()
+            self.data, self.begin = grown, 0
         self.length = needed
+        return self.rows(needed - count)
 
     def rows(self, begin: int = 0, end: int | None = None) -> Tensor:
         """View of the rows begin .. end - 1; all to the end by default. Only after the first `append`."""
         assert self.data is not None
-        return self.data[:, begin : self.length if end is None else end]
+        return self.data[:, self.begin + begin : self.begin + (self.length if end is None else end)]
+
+    def drop_front(self, count: int) -> None:
+        """Forget the first `count` rows; their room is given back when it is more than the others take."""
+        self.begin, self.length = self.begin + count, self.length - count
+        if self.data is not None and self.data.shape[1] - self.length > max(self.length, 2 * LEAST_SLACK):
+            self.data, self.begin = self.rows().clone(memory_format=torch.contiguous_format), 0
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` rows."""
         self.length = min(self.length, length)
-
-    def drop_front(self, count: int) -> None:
-        """Forget the first `count` rows and give back what is not needed for the others."""
-        kept = self.rows(count).clone()
-        self.data, self.length = None, 0
-        self.append(kept)
 
     def select(self, index: Tensor) -> None:
         """Take these batch rows, in this order."""
@@ -65,12 +75,12 @@ class GrowingTensor:
 
     def clear(self) -> None:
         """Forget all rows."""
-        self.data, self.length = None, 0
+        self.data, self.begin, self.length = None, 0, 0
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, free rows included."""
-        return 0 if self.data is None else self.data.nbytes
+        return 0 if self.data is None else self.data.untyped_storage().nbytes()
 
 
 @dataclass(frozen=True)
@@ -90,21 +100,29 @@ class QuantizationPlan:
 
 
 class LatentStore:
-    """Latents (batch, tokens, channels) of all tokens; with a plan, whole groups of them can be kept quantised."""
+    """Latents (batch, tokens, channels) of all tokens; with a plan, whole groups of them can be kept quantised.
 
-    def __init__(self, plan: QuantizationPlan | None) -> None:
+    `fused`: they are quantised by the operator of pared_kernels, straight to where they are kept.
+    """
+
+    def __init__(self, plan: QuantizationPlan | None, fused: bool = False) -> None:
         self.plan = plan
+        self.fused = fused
         self.raw = GrowingTensor()
         self.codes, self.scale, self.offset = GrowingTensor(), GrowingTensor(), GrowingTensor()
         # The latest quantised group as it was, for a truncation that cuts it.
         self.latest = GrowingTensor()
         self.length = 0
-        self._meta: PackedMeta | None = None
+        self._dtype, self._channels = torch.float32, 0
 
     def append(self, latents: Tensor) -> None:
         """Add latents (batch, n, channels)."""
-        self.raw.append(latents)
-        self.length += latents.shape[1]
+        self.reserve(latents.shape[1], latents).copy_(latents)
+
+    def reserve(self, count: int, like: Tensor) -> Tensor:
+        """Add `count` latents like those of `like` (batch, any, channels), and return them for the caller to write."""
+        self.length += count
+        return self.raw.reserve(count, like)
 
     def quantize(self, limit: int, touching: bool = False) -> None:
         """Quantise the whole groups of tokens below `limit`, or also one that `limit` cuts; without a plan, nothing."""
@@ -114,19 +132,63 @@ class LatentStore:
         whole = self._whole(min(self._whole(limit, up=touching), self.length)) - self.codes.length
         if whole <= 0:
             return
-        packed = quantize(
-            self.raw.rows(0, whole),
-            bits=plan.bits,
-            axis=plan.axis,
-            group_size=plan.group_size,
-            zero_point=plan.zero_point,
-        )
-        self._meta = packed.meta
-        for store, rows in ((self.codes, packed.codes), (self.scale, packed.scale), (self.offset, packed.offset)):
-            store.append(rows)
+        latents = self.raw.rows(0, whole)
+        if self.fused:
+            self._pack_in_place(latents)
+        else:
+            packed = quantize(
+                latents, bits=plan.bits, axis=plan.axis, group_size=plan.group_size, zero_point=plan.zero_point
+            )
+            for store, rows in ((self.codes, packed.codes), (self.scale, packed.scale), (self.offset, packed.offset)):
+                store.append(rows)
+        self._dtype, self._channels = latents.dtype, latents.shape[2]
         self.latest.clear()
         self.latest.append(self.raw.rows(whole - plan.tokens, whole))
         self.raw.drop_front(whole)
+
+    def _pack_in_place(self, latents: Tensor) -> None:
+        assert self.plan is not None
+        plan, (batch, tokens, channels) = self.plan, latents.shape
+        per_token = plan.axis == "token"
+        groups = (tokens, channels // plan.channels) if per_token else (tokens // plan.tokens, channels)
+        codes = latents.new_empty((batch, 0, -(-channels * plan.bits // 8)), dtype=torch.uint8)
+        parameter = latents.new_empty((batch, 0, groups[1]), dtype=torch.float16)
+        written = [
+            store.reserve(count, like)
+            for store, count, like in (
+                (self.codes, tokens, codes),
+                (self.scale, groups[0], parameter),
+                (self.offset, groups[0], parameter),
+            )
+        ]
+        cskv_quant_flush(
+            latents,
+            *written,
+            bits=plan.bits,
+            group=plan.group_size,
+            per_token=per_token,
+            clamped=plan.zero_point == "clamped",
+        )
+        if not bool(torch.isfinite(written[1]).all() & torch.isfinite(written[2]).all()):
+            for store, rows in zip((self.codes, self.scale, self.offset), written, strict=True):
+                store.truncate(store.length - rows.shape[1])
+            raise ValueError(BEYOND_FLOAT16)
+
+    def parts(self, end: int) -> tuple[Tensor, QuantizedLatents | None]:
+        """The first `end` latents as they lie: those that are not quantised, and the quantised ones before them."""
+        quantised = min(self.codes.length, end)
+        raw = self.raw.rows(0, end - quantised)
+        if quantised == 0:
+            return raw, None
+        assert self.plan is not None
+        rows = -(-quantised // self._tokens_per_row)
+        parameters = self.scale.rows(0, rows), self.offset.rows(0, rows)
+        return raw, QuantizedLatents(self.codes.rows(0, quantised), *parameters, self.plan.bits, self.plan.group_size)
+
+    @property
+    def _tokens_per_row(self) -> int:
+        """Tokens that share a row of scales."""
+        return self.plan.tokens if self.plan is not None and self.plan.axis == "channel" else 1
 
     def read(self, end: int | None = None) -> Tensor:
         """The first `end` latents (batch, end, channels), all by default; a view where nothing is quantised."""
@@ -140,11 +202,10 @@ class LatentStore:
     def _dequantized(self, begin: int, end: int) -> Tensor:
         """Quantised latents begin .. end - 1, both multiples of the plan's tokens."""
         assert self.plan is not None
-        assert self._meta is not None
-        codes = self.codes.rows(begin, end)
-        per_row = self.plan.tokens if self.plan.axis == "channel" else 1
+        plan, per_row, codes = self.plan, self._tokens_per_row, self.codes.rows(begin, end)
         scale, offset = (store.rows(begin // per_row, end // per_row) for store in (self.scale, self.offset))
-        meta = replace(self._meta, shape=(*codes.shape[:2], self._meta.shape[-1]))
+        shape = (*codes.shape[:2], self._channels)
+        meta = PackedMeta(shape, plan.bits, plan.axis, plan.group_size, plan.zero_point, self._dtype)
         return dequantize(Packed(codes, scale, offset, meta))
 
     def _whole(self, tokens: int, up: bool = False) -> int:
@@ -168,10 +229,9 @@ class LatentStore:
                 cut = group[:, : length - whole].clone()
             self.raw.truncate(0)
             self.latest.clear()
-            per_row = self.plan.tokens if self.plan.axis == "channel" else 1
             self.codes.truncate(whole)
             for store in (self.scale, self.offset):
-                store.truncate(whole // per_row)
+                store.truncate(whole // self._tokens_per_row)
             if cut is not None:
                 self.raw.append(cut)
         self.length = length

@@ -37,7 +37,7 @@ def cskv_append(
         key, value: (B, H_kv, D), the key rotated.
         c_k, c_v: (B, r_k), (B, r_v), written: A x, summed in float32 or better and rounded once.
         k_row, v_row: (B, H_kv, D), written: key and value.
-        rotary: cos and sin (B, pairs) of the token, and the two rows of that shape that they are written to; None
+        rotary: cos and sin (B or 1, pairs) of the token, and the two rows of that shape that they are written to; None
             where another layer writes them.
 
     Raises:
@@ -66,7 +66,9 @@ def cskv_append(
     ):
         require(tensor.shape == shape, f"shape of {name}", tuple(tensor.shape), f"{tuple(shape)}")
     if rotary is not None:
+        rows = 1 if rotary[0].shape[0] == 1 else batch
         for name, tensor in zip(("cos", "sin", "cos_row", "sin_row"), rotary, strict=True):
             require_tensor(name, tensor, 2, (rotary[0].dtype,))
-            require(tensor.shape == rotary[0].shape, f"shape of {name}", tuple(tensor.shape), f"{rotary[0].shape}")
+            shape = (rows, rotary[0].shape[1])
+            require(tensor.shape == shape, f"shape of {name}", tuple(tensor.shape), f"{shape}")
     _operator(hidden, down, key, value, c_k, c_v, k_row, v_row, *(rotary or (None,) * 4))

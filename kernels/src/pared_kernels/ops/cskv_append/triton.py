@@ -109,9 +109,6 @@ def unsupported(hidden: Tensor, *rest: Any) -> str | None:
     """Return why the kernel can't take these arguments, or None."""
     if hidden.dtype == torch.float64:
         return "float64 is left to the reference"
-    cos = rest[7]
-    if cos is not None and cos.shape[0] != hidden.shape[0]:
-        return "one rotary row for all samples is left to the reference"
     written = [one for one in (*rest[3:7], *rest[9:]) if one is not None]
     return "the written rows have gaps between channels" if any(one.stride(-1) != 1 for one in written) else None
 
@@ -163,7 +160,8 @@ def cskv_append(
         c_v.stride(0),
         *k_row.stride()[:2],
         *v_row.stride()[:2],
-        *(one.stride(0) for one in rotary),
+        # One row for all samples is written by each of them, with the same values.
+        *(0 if one.shape[0] == 1 else one.stride(0) for one in rotary),
         **constants,
         **options,
     )

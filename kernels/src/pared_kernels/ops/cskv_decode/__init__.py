@@ -103,7 +103,9 @@ def cskv_decode(
         ("bias_v", bias_v, (heads * head_dim,)),
         ("start", start, (batch,)),
     ):
-        require(value is None or value.shape == shape, f"shape of {name}", value is not None and value.shape, f"{shape}")
+        require(
+            value is None or value.shape == shape, f"shape of {name}", value is not None and value.shape, f"{shape}"
+        )
     old = c_k.shape[1] + _check_quantized("k", k_quantized, batch, c_k.shape[2])
     old_values = c_v.shape[1] + _check_quantized("v", v_quantized, batch, c_v.shape[2])
     require(old == old_values, "old tokens of values", old_values, f"{old}, as of keys")

@@ -1,4 +1,4 @@
-"""Shapes of one layer and step of Llama-3.1-8B at a fifth of the channels, and of LongChat-7B, where rebuilding costs."""
+"""One layer and step of Llama-3.1-8B at a fifth of the channels, and of LongChat-7B, where rebuilding costs more."""
 
 from __future__ import annotations
 

@@ -54,24 +54,26 @@ def latent_tile(
 ):
     """Latents of the tokens first + place and these channels; those below `quantised` are unpacked from codes."""
     if BITS == 0:
-        return tl.load(raw_ptr + tl.cast(first, tl.int64) * ROW + (place * ROW + channel), mask, other=0.0)
-    raw_mask = mask & (first + place >= quantised)
-    raw = tl.load(raw_ptr + tl.cast(first - quantised, tl.int64) * ROW + (place * ROW + channel), raw_mask, other=0.0)
-    PER_BYTE: tl.constexpr = 8 // BITS
-    BYTES: tl.constexpr = (RANK + PER_BYTE - 1) // PER_BYTE
-    token = first + place
-    packed = mask & (token < quantised)
-    at = tl.cast(first, tl.int64) * BYTES + (place * BYTES + channel // PER_BYTE)
-    byte = tl.load(codes_ptr + at, packed, other=0).to(tl.int32)
-    code = ((byte >> (channel % PER_BYTE * BITS)) & (2**BITS - 1)).to(tl.float32)
-    if GROUPS_RUN_OVER_TOKENS:
-        group = token // GROUP * RANK + channel
+        value = tl.load(raw_ptr + tl.cast(first, tl.int64) * ROW + (place * ROW + channel), mask, other=0.0)
     else:
-        group = token * (RANK // GROUP) + channel // GROUP
-    scale = tl.load(scale_ptr + group, packed, other=0.0).to(tl.float32)
-    offset = tl.load(offset_ptr + group, packed, other=0.0).to(tl.float32)
-    value = (code - offset) * scale if CLAMPED else code * scale + offset
-    return tl.where(token < quantised, value.to(raw.dtype), raw)
+        PER_BYTE: tl.constexpr = 8 // BITS
+        BYTES: tl.constexpr = (RANK + PER_BYTE - 1) // PER_BYTE
+        token = first + place
+        at = tl.cast(first - quantised, tl.int64) * ROW + (place * ROW + channel)
+        raw = tl.load(raw_ptr + at, mask & (token >= quantised), other=0.0)
+        packed = mask & (token < quantised)
+        at = tl.cast(first, tl.int64) * BYTES + (place * BYTES + channel // PER_BYTE)
+        byte = tl.load(codes_ptr + at, packed, other=0).to(tl.int32)
+        code = ((byte >> (channel % PER_BYTE * BITS)) & (2**BITS - 1)).to(tl.float32)
+        if GROUPS_RUN_OVER_TOKENS:
+            group = token // GROUP * RANK + channel
+        else:
+            group = token * (RANK // GROUP) + channel // GROUP
+        scale = tl.load(scale_ptr + group, packed, other=0.0).to(tl.float32)
+        offset = tl.load(offset_ptr + group, packed, other=0.0).to(tl.float32)
+        exact = (code - offset) * scale if CLAMPED else code * scale + offset
+        value = tl.where(token < quantised, exact.to(raw.dtype), raw)
+    return value
 
 
 @triton.jit
@@ -236,8 +238,12 @@ def split_kernel(
         pair = tl.arange(0, BLOCK_PAIRS)
         turned = pair < ROTARY_PAIRS
         is_pair = pair < HEAD_DIM // 2
-        left = tl.where(turned, pair, pair + ROTARY_PAIRS)
-        right = left + tl.where(turned, ROTARY_PAIRS, HEAD_DIM // 2 - ROTARY_PAIRS)
+        if ROTARY_PAIRS == 0 or 2 * ROTARY_PAIRS == HEAD_DIM:
+            left = pair
+            right = pair + HEAD_DIM // 2
+        else:
+            left = tl.where(turned, pair, pair + ROTARY_PAIRS)
+            right = left + tl.where(turned, ROTARY_PAIRS, HEAD_DIM // 2 - ROTARY_PAIRS)
         place = tl.arange(0, BLOCK_TOKENS)
         value_channel = tl.arange(0, BLOCK_VALUES)
         latent = tl.zeros((ROWS, BLOCK_VALUES), tl.float32)
@@ -424,7 +430,7 @@ def split_constants(
     values = max(16, triton.next_power_of_2(rank_v))
     # A tile of values and a tile of rebuilt keys must each fit: 64 KiB of shared memory, a third of the registers.
     most = (8192 if full else 16384) if hip else (8192 if full else 32768)
-    tokens = max(16, min(32 if full else 128, most // values, 16384 // max(head_dim, 16)))
+    tokens = max(16, min(32 if full or hip else 64, most // values, 8192 // max(head_dim, 16)))
     # Small steps where large ones would multiply many zeros.
     step = 64 if (rank_k - 1) % 64 >= 32 and not full else 32
     constants = {
@@ -447,7 +453,7 @@ def split_constants(
         # Triton's interpreter multiplies the bit patterns of bfloat16.
         "WIDEN": dtype == torch.bfloat16 and dispatch.interprets(),
     }
-    return constants, {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+    return constants, {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
 
 
 def combine_constants(
@@ -520,7 +526,9 @@ def cskv_decode(
     )
     blocks = heads // constants["HEADS"]
     splits, split_tokens = _split(old, constants["BLOCK_TOKENS"], batch * blocks, q.device)
-    latent, exact = (q.new_empty(shape, dtype=torch.float32) for shape in ((batch, query_heads, splits, rank_v), q.shape))
+    latent, exact = (
+        q.new_empty(shape, dtype=torch.float32) for shape in ((batch, query_heads, splits, rank_v), q.shape)
+    )
     largest, total = (q.new_empty((batch, query_heads, splits + 1), dtype=torch.float32) for _ in range(2))
     c_k, c_k_rows = _rows(c_k)
     c_v, c_v_rows = _rows(c_v)

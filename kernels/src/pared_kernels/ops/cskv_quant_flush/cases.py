@@ -65,7 +65,8 @@ def _comparer(arguments: tuple[Any, ...]) -> Compare:
                 return f"{name} is off by {error:.3e}"
         wide = [one.repeat_interleave(group, dim=2 if per_token else 1).double() for one in expected[1:]]
         ours, theirs = (
-            dequantized(codes, *wide, latents.shape[2], bits, clamped, torch.float64) for codes in (actual[0], expected[0])
+            dequantized(codes, *wide, latents.shape[2], bits, clamped, torch.float64)
+            for codes in (actual[0], expected[0])
         )
         differ = (ours - theirs).abs() > 1e-9
         if float(differ.double().mean()) > 0.002:

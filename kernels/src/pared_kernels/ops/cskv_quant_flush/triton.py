@@ -28,7 +28,7 @@ def rounded(x):
 
 @triton.jit
 def group_parameters(low, high, LEVELS: tl.constexpr, CLAMPED: tl.constexpr):
-    """Scale and offset of groups with these extremes. Divisions round as IEEE says, so that codes are those of torch."""
+    """Scale and offset of groups with these extremes; divisions round as IEEE says, as those of torch do."""
     scale = tl.div_rn(tl.maximum(high - low, SMALLEST), tl.zeros_like(low) + LEVELS)
     if CLAMPED:
         zero = -rounded(tl.div_rn(low, scale))

@@ -1,0 +1,70 @@
+"""Which implementation decodes: torch, or the fused operators of pared_kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from pared_hooks import DecoderView
+from torch import nn
+
+from cskv.config import CSKVConfig
+from cskv.functional import rotate
+from cskv.plan import LayerPlan
+
+HEADS = (64, 128, 256)
+"""Channels of a head that the kernels are tuned for."""
+
+
+def resolve_backend(config: CSKVConfig, view: DecoderView, plans: list[LayerPlan]) -> str:
+    """The implementation of decoding to use, "torch" or "triton"; "auto" is "triton" wherever that can run.
+
+    Raises RuntimeError, with the reason, when `config.backend` is "triton" and that cannot run.
+    """
+    if config.backend == "torch":
+        return "torch"
+    reason = missing_device(view.root) or _unknown_attention(view, plans)
+    if reason is None:
+        return "triton"
+    if config.backend == "triton":
+        raise RuntimeError(f'backend = "triton" {reason}')
+    return "torch"
+
+
+def missing_device(model: nn.Module) -> str | None:
+    """Why this model is not where kernels run, or None."""
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if devices != {"cuda"}:
+        return f"needs CUDA; the model is on {', '.join(sorted(devices)) or 'nothing'}"
+    return None if importlib.util.find_spec("triton") is not None else "needs triton, which is not installed"
+
+
+def _unknown_attention(view: DecoderView, plans: list[LayerPlan]) -> str | None:
+    """Why the operators cannot do what this model's attention does, or None."""
+    if view.head_dim not in HEADS:
+        return f"needs heads of 64, 128 or 256 channels; this model has {view.head_dim}"
+    if not any(plan.has_factors for plan in plans):
+        return "needs a layer whose keys and values both have a factor; here all keep one of them exactly"
+    adapter = plans[0].adapter
+    name = type(adapter.module).__name__
+    if adapter.key_norm is not None:
+        return f"rebuilds keys without a norm; {name} normalises them"
+    if any(getattr(plan.adapter.module, "sinks", None) is not None for plan in plans):
+        return f"attends without sinks; {name} has them"
+    if getattr(view.config, "attn_logit_softcapping", None) is not None:
+        return f"attends without a cap of the scores; {name} has one"
+    if not _rotates_halves(plans):
+        return f"rotates keys in halves; {name} pairs channels in another way"
+    return None
+
+
+def _rotates_halves(plans: list[LayerPlan]) -> bool:
+    """Whether the family's own function rotates a key as `functional.rotate` does."""
+    adapter = next((plan.adapter for plan in plans if plan.adapter.uses_rope), None)
+    if adapter is None:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(1, adapter.num_kv_heads, 2, adapter.head_dim, generator=generator)
+    angles = torch.rand(1, 2, adapter.head_dim // 2, generator=generator).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.allclose(adapter.rotate_keys(keys, cos, sin), rotate(keys, cos, sin), atol=1e-5)
