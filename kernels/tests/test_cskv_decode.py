@@ -99,9 +99,10 @@ def test_quantised_latents_equal_their_values(generator):
     found = cskv_decode(*given[:9], **names, k_quantized=parts[0], v_quantized=parts[1])
     from pared_kernels.ops.cskv_decode.reference import dequantized
 
-    wide = [one.repeat_interleave(32, 1) for one in parts[0][1:3]], [
-        one.repeat_interleave(given[22], 2) for one in parts[1][1:3]
-    ]
+    wide = (
+        [one.repeat_interleave(32, 1) for one in parts[0][1:3]],
+        [one.repeat_interleave(given[22], 2) for one in parts[1][1:3]],
+    )
     values = [
         dequantized(part.codes, *both, given[place].shape[2], 4, False, torch.float32)
         for part, both, place in zip(parts, wide, (1, 2), strict=True)

@@ -14,9 +14,7 @@ BACKENDS = ("reference", TRITON)
 def flush(arguments, backend="reference"):
     latents, codes, scale, offset, bits, group, per_token, clamped = arguments
     with pared_kernels.use(backend):
-        cskv_quant_flush(
-            latents, codes, scale, offset, bits=bits, group=group, per_token=per_token, clamped=clamped
-        )
+        cskv_quant_flush(latents, codes, scale, offset, bits=bits, group=group, per_token=per_token, clamped=clamped)
     return codes, scale, offset
 
 
@@ -24,9 +22,10 @@ def flush(arguments, backend="reference"):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_codes_scales_and_offsets_are_those_of_torch_bit_for_bit(shape, seed):
     # Whoever reads a cache cannot tell which backend wrote it.
-    results = []
-    for backend in ("reference", "triton"):
-        results.append(flush(draw(*shape, torch.float32, torch.Generator().manual_seed(seed)), backend))
+    results = [
+        flush(draw(*shape, torch.float32, torch.Generator().manual_seed(seed)), backend)
+        for backend in ("reference", "triton")
+    ]
     for ours, theirs in zip(*results, strict=True):
         assert torch.equal(ours, theirs)
 

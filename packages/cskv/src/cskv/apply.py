@@ -110,7 +110,9 @@ def apply(
             patch.on_remove(lambda: setattr(shared, "removed", True))
             fused = FusedAttention(view.config._attn_implementation, shared) if backend == "triton" else None
             if fused is not None:
-                fused.name = patch.set_attention(view.model, OWNER, fused, fused.mask)
+                # Where the decoder is a part, the other parts keep their own implementation.
+                target = view.root if getattr(view.root, "config", None) is view.config else view.model
+                fused.name = patch.set_attention(target, OWNER, fused, fused.mask)
             for plan in plans:
                 buffers = FactorBuffers(plan, checked[plan.index])
                 specs[plan.index] = LayerSpec(plan, buffers, config, shared, fused is not None and plan.has_factors)

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 import torch
 
 from ...aot import Specialization
-from .triton import VARYING, combine_constants, combine_kernel, split_constants, split_kernel
+from .triton import (
+    LARGEST_HEAD_HIP,
+    LARGEST_RANK_HIP,
+    VARYING,
+    combine_constants,
+    combine_kernel,
+    split_constants,
+    split_kernel,
+)
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -26,7 +34,8 @@ def kernels() -> Iterator[Specialization]:
     """Yield both kernels for layers of real models and for the largest ranks, biases and padding included."""
     for label, heads, group, head_dim, rank, bits, dtypes in SHAPES:
         for dtype in dtypes:
-            for backend in ("cuda", "hip"):
+            fits_hip = rank <= LARGEST_RANK_HIP and head_dim <= LARGEST_HEAD_HIP and bits == 0
+            for backend in ("cuda", "hip") if fits_hip else ("cuda",):
                 yield _split(f"{dtype} {label}", DTYPES[dtype], dtype, heads, group, head_dim, rank, bits, backend)
             constants, options = combine_constants(
                 query_heads=heads * group, group=group, head_dim=head_dim, rank_v=rank
@@ -62,6 +71,7 @@ def _split(
         rotary_pairs=head_dim // 2,
         rank_k=rank,
         rank_v=rank,
+        packed=bits > 0,
         hip=backend == "hip",
     )
     floating = ("q", "c_k", "c_v", "b_k", "bias_k", "k_tail", "v_tail", "cos", "sin")

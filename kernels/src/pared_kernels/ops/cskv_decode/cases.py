@@ -36,8 +36,8 @@ class Shape(NamedTuple):
 SHAPES = (
     Shape(heads=2, group=2, old=37, recent=5),
     Shape(heads=1, group=1, recent=33),
-    Shape(heads=3, group=8, rank_k=20, rank_v=37, old=150, padded=True, biased=True),
-    Shape(batch=3, heads=2, group=4, dim=128, turned=128, rank_k=205, rank_v=200, old=130, recent=33, padded=True),
+    Shape(heads=3, group=8, rank_k=20, rank_v=37, old=100, padded=True, biased=True),
+    Shape(batch=2, heads=2, group=4, dim=128, turned=128, rank_k=205, rank_v=200, old=70, recent=33, padded=True),
     Shape(batch=2, heads=4, group=1, dim=64, turned=32, rank_k=48, rank_v=16, old=64, recent=1, biased=True),
     Shape(heads=1, group=20, dim=80, turned=0, rank_k=16, rank_v=33, old=70, recent=40),
     Shape(batch=2, heads=2, group=2, rank_k=40, rank_v=20, old=70, recent=9, padded=True, quantised=64),

@@ -37,7 +37,7 @@ def cskv_decode(
     v_group: int,
     clamped: bool,
 ) -> Tensor:
-    """Return what `pared_kernels.cskv_decode` does; products in the dtype of `q`, sums of tiles in float32 or better."""
+    """Return what `pared_kernels.cskv_decode` does; products in the dtype of `q`, sums in float32 or better."""
     batch, query_heads, _, head_dim = q.shape
     heads, rank_k, rank_v = k_tail.shape[1], c_k.shape[2], c_v.shape[2]
     work = torch.promote_types(q.dtype, torch.float32)

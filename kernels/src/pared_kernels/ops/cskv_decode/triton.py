@@ -16,6 +16,9 @@ from ... import dispatch
 LARGEST_RANK = 1024
 """Ranks of values above this need more registers for the latent sums than a block has."""
 
+LARGEST_RANK_HIP, LARGEST_HEAD_HIP = 512, 128
+"""What the compiler for AMD can hold without spilling registers."""
+
 LOG2_E = 1.4426950408889634
 
 
@@ -420,6 +423,7 @@ def split_constants(
     rotary_pairs: int,
     rank_k: int,
     rank_v: int,
+    packed: bool,
     hip: bool,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the constants of `split_kernel` that follow from the shapes, and its launch options."""
@@ -428,9 +432,12 @@ def split_constants(
     while 2 * together * group <= 16 and heads % (2 * together) == 0:
         together *= 2
     values = max(16, triton.next_power_of_2(rank_v))
-    # A tile of values and a tile of rebuilt keys must each fit: 64 KiB of shared memory, a third of the registers.
-    most = (8192 if full else 16384) if hip else (8192 if full else 32768)
-    tokens = max(16, min(32 if full or hip else 64, most // values, 8192 // max(head_dim, 16)))
+    # A tile of values and a tile of rebuilt keys must each fit into 64 KiB of shared memory and into registers.
+    if full:
+        tokens = min(16 if hip else 32, 8192 // values)
+    else:
+        tokens = min(32 if hip or packed else 64, (16384 if hip else 32768) // values, 8192 // head_dim)
+    tokens = max(16, tokens)
     # Small steps where large ones would multiply many zeros.
     step = 64 if (rank_k - 1) % 64 >= 32 and not full else 32
     constants = {
@@ -453,7 +460,9 @@ def split_constants(
         # Triton's interpreter multiplies the bit patterns of bfloat16.
         "WIDEN": dtype == torch.bfloat16 and dispatch.interprets(),
     }
-    return constants, {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+    # Without matrix units for float32, products spread over more threads.
+    warps = 16 if full and hip else 8
+    return constants, {"num_warps": warps, "num_stages": 2 if hip else 3, "enable_fp_fusion": True}
 
 
 def combine_constants(
@@ -474,11 +483,19 @@ def combine_constants(
 
 def unsupported(q: Tensor, c_k: Tensor, c_v: Tensor, *rest: Any) -> str | None:
     """Return why the kernel can't take these arguments, or None."""
+    head_dim, packed = q.shape[3], any(codes is not None for codes in (rest[10], rest[13]))
     if q.dtype == torch.float64:
         return "float64 is left to the reference"
-    if c_v.shape[2] > LARGEST_RANK:
-        return f"values have rank {c_v.shape[2]}; the kernel sums up to {LARGEST_RANK} channels"
-    return f"heads of {q.shape[3]} channels do not consist of pairs" if q.shape[3] % 2 else None
+    if head_dim % 2:
+        return f"heads of {head_dim} channels do not consist of pairs"
+    largest = LARGEST_RANK
+    if torch.version.hip is not None:
+        largest = LARGEST_RANK_HIP
+        if packed or head_dim > LARGEST_HEAD_HIP:
+            return f"on ROCm, codes and heads of more than {LARGEST_HEAD_HIP} channels take too many registers"
+    if c_v.shape[2] > largest:
+        return f"values have rank {c_v.shape[2]}; the kernel sums up to {largest} channels"
+    return None
 
 
 def cskv_decode(
@@ -522,6 +539,7 @@ def cskv_decode(
         rotary_pairs=0 if cos is None else cos.shape[2],
         rank_k=rank_k,
         rank_v=rank_v,
+        packed=k_bits + v_bits > 0,
         hip=torch.version.hip is not None,
     )
     blocks = heads // constants["HEADS"]
@@ -627,8 +645,8 @@ def _split(old: int, block: int, others: int, device: torch.device) -> tuple[int
 def _rows(tensor: Tensor) -> tuple[Tensor, int]:
     """Return (batch, rows, channels) and how many rows lie between samples; a copy where that is not a whole number.
 
-    Counted in rows of constant width, an offset is known to be a multiple of it, and rows of 200 channels are still read
-    16 bytes at a time.
+    Counted in rows of constant width, an offset is known to be a multiple of it, and rows of 200 channels are still
+    read 16 bytes at a time.
     """
     if tensor.stride(2) != 1 or tensor.stride(1) < tensor.shape[2] or tensor.stride(0) % tensor.stride(1):
         tensor = tensor.contiguous()
