@@ -91,6 +91,7 @@ class FusedAttention:
         """The mask that the previous implementation takes."""
         return ALL_MASK_ATTENTION_FUNCTIONS[self.previous](*args, **kwargs)
 
+    @torch.compiler.disable
     def __call__(
         self,
         module: Any,
@@ -121,8 +122,9 @@ class FusedAttention:
         if mask is not self._mask:
             # All layers of a step get the same mask: looked at once, it costs the host one wait a step.
             self._mask, self._start = mask, None
-            if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1:3] == (1, 1):
-                allowed = (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0]
+            if isinstance(mask, Tensor) and (mask.ndim == 2 or mask.shape[1:3] == (1, 1)):
+                # Flash attention takes a mask of tokens, the others one of pairs, bool or additive.
+                allowed = mask.bool() if mask.ndim == 2 else (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0]
                 start = allowed.int().argmax(-1)
                 if bool((allowed.sum(-1) == allowed.shape[1] - start).all()):
                     self._start = start.expand(query.shape[0]).contiguous()

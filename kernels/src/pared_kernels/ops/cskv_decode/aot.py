@@ -34,7 +34,7 @@ def kernels() -> Iterator[Specialization]:
     """Yield both kernels for layers of real models and for the largest ranks, biases and padding included."""
     for label, heads, group, head_dim, rank, bits, dtypes in SHAPES:
         for dtype in dtypes:
-            fits_hip = rank <= LARGEST_RANK_HIP and head_dim <= LARGEST_HEAD_HIP and bits == 0
+            fits_hip = rank <= LARGEST_RANK_HIP and head_dim <= LARGEST_HEAD_HIP and bits == 0 and dtype != "fp32"
             for backend in ("cuda", "hip") if fits_hip else ("cuda",):
                 yield _split(f"{dtype} {label}", DTYPES[dtype], dtype, heads, group, head_dim, rank, bits, backend)
             constants, options = combine_constants(

@@ -434,7 +434,7 @@ def split_constants(
     values = max(16, triton.next_power_of_2(rank_v))
     # A tile of values and a tile of rebuilt keys must each fit into 64 KiB of shared memory and into registers.
     if full:
-        tokens = min(16 if hip else 32, 8192 // values)
+        tokens = min(32, 8192 // values)
     else:
         tokens = min(32 if hip or packed else 64, (16384 if hip else 32768) // values, 8192 // head_dim)
     tokens = max(16, tokens)
@@ -460,9 +460,7 @@ def split_constants(
         # Triton's interpreter multiplies the bit patterns of bfloat16.
         "WIDEN": dtype == torch.bfloat16 and dispatch.interprets(),
     }
-    # Without matrix units for float32, products spread over more threads.
-    warps = 16 if full and hip else 8
-    return constants, {"num_warps": warps, "num_stages": 2 if hip else 3, "enable_fp_fusion": True}
+    return constants, {"num_warps": 8, "num_stages": 2 if hip else 3, "enable_fp_fusion": True}
 
 
 def combine_constants(
@@ -491,8 +489,8 @@ def unsupported(q: Tensor, c_k: Tensor, c_v: Tensor, *rest: Any) -> str | None:
     largest = LARGEST_RANK
     if torch.version.hip is not None:
         largest = LARGEST_RANK_HIP
-        if packed or head_dim > LARGEST_HEAD_HIP:
-            return f"on ROCm, codes and heads of more than {LARGEST_HEAD_HIP} channels take too many registers"
+        if packed or head_dim > LARGEST_HEAD_HIP or q.dtype == torch.float32:
+            return f"on ROCm, codes, float32 and heads of over {LARGEST_HEAD_HIP} channels take too many registers"
     if c_v.shape[2] > largest:
         return f"values have rank {c_v.shape[2]}; the kernel sums up to {largest} channels"
     return None
