@@ -94,7 +94,7 @@ def cskv_decode(
         require_tensor(name, value, dims, (q.dtype,))
     heads, recent = k_tail.shape[1:3]
     require(heads > 0 and query_heads % heads == 0, "heads of k_tail", heads, f"a divisor of the {query_heads} of q")
-    for name, value, shape in (
+    for name, given, shape in (
         ("k_tail", k_tail, (batch, heads, recent, head_dim)),
         ("v_tail", v_tail, (batch, heads, recent, head_dim)),
         ("b_k", b_k, (heads * head_dim, c_k.shape[2])),
@@ -103,20 +103,19 @@ def cskv_decode(
         ("bias_v", bias_v, (heads * head_dim,)),
         ("start", start, (batch,)),
     ):
-        require(
-            value is None or value.shape == shape, f"shape of {name}", value is not None and value.shape, f"{shape}"
-        )
+        if given is not None:
+            require(given.shape == shape, f"shape of {name}", tuple(given.shape), f"{shape}")
     old = c_k.shape[1] + _check_quantized("k", k_quantized, batch, c_k.shape[2])
     old_values = c_v.shape[1] + _check_quantized("v", v_quantized, batch, c_v.shape[2])
     require(old == old_values, "old tokens of values", old_values, f"{old}, as of keys")
     require(old + recent > 0, "number of tokens", 0, "at least one, old or recent")
     require((cos is None) == (sin is None), "cos and sin", "one of them", "both or neither")
-    for name, value in (("cos", cos), ("sin", sin)):
-        if value is not None:
-            require_tensor(name, value, 3, FLOATS)
-            fits = value.shape[0] in (1, batch) and value.shape[1] == old and 2 * value.shape[2] <= head_dim
+    for name, rows in (("cos", cos), ("sin", sin)):
+        if rows is not None:
+            require_tensor(name, rows, 3, FLOATS)
+            fits = rows.shape[0] in (1, batch) and rows.shape[1] == old and 2 * rows.shape[2] <= head_dim
             valid = f"({batch} or 1, {old}, up to {head_dim // 2})"
-            require(fits, f"shape of {name}", tuple(value.shape), valid)
+            require(fits, f"shape of {name}", tuple(rows.shape), valid)
     if start is not None:
         require_tensor("start", start, 1, (torch.int64,))
     k_parts, v_parts = (quantized or _NOTHING for quantized in (k_quantized, v_quantized))

@@ -52,8 +52,10 @@ def cskv_decode(
         if first < k_quantised and k_codes is not None and k_scale is not None and k_offset is not None:
             stop = min(end, k_quantised)
             rows = slice(first // k_group, -(-stop // k_group))
-            wide = (one[:, rows].repeat_interleave(k_group, dim=1)[:, : stop - first] for one in (k_scale, k_offset))
-            codes = dequantized(k_codes[:, first:stop], *wide, rank_k, k_bits, clamped, work)
+            scale_of, offset_of = (
+                one[:, rows].repeat_interleave(k_group, dim=1)[:, : stop - first] for one in (k_scale, k_offset)
+            )
+            codes = dequantized(k_codes[:, first:stop], scale_of, offset_of, rank_k, k_bits, clamped, work)
             c = torch.cat((codes.to(q.dtype), c), dim=1)
         keys = torch.nn.functional.linear(c, b_k, bias_k).view(batch, end - first, heads, head_dim).transpose(1, 2)
         if cos is None or sin is None:
@@ -64,8 +66,8 @@ def cskv_decode(
         c = c_v[:, max(first - v_quantised, 0) : max(end - v_quantised, 0)]
         if first < v_quantised and v_codes is not None and v_scale is not None and v_offset is not None:
             rows = slice(first, min(end, v_quantised))
-            wide = (one[:, rows].repeat_interleave(v_group, dim=2) for one in (v_scale, v_offset))
-            codes = dequantized(v_codes[:, rows], *wide, rank_v, v_bits, clamped, work)
+            scale_of, offset_of = (one[:, rows].repeat_interleave(v_group, dim=2) for one in (v_scale, v_offset))
+            codes = dequantized(v_codes[:, rows], scale_of, offset_of, rank_v, v_bits, clamped, work)
             c = torch.cat((codes.to(q.dtype), c), dim=1)
         return c
 

@@ -38,11 +38,15 @@ def cskv_decode(
     work = torch.promote_types(q.dtype, torch.float32)
     if k_codes is not None and k_scale is not None and k_offset is not None:
         tokens, channels = k_codes.shape[1], c_k.shape[2]
-        wide = (one.repeat_interleave(k_group, dim=1)[:, :tokens] for one in (k_scale, k_offset))
-        c_k = torch.cat((dequantized(k_codes, *wide, channels, k_bits, clamped, work), c_k.to(work)), dim=1)
+        scale_of, offset_of = (one.repeat_interleave(k_group, dim=1)[:, :tokens] for one in (k_scale, k_offset))
+        c_k = torch.cat(
+            (dequantized(k_codes, scale_of, offset_of, channels, k_bits, clamped, work), c_k.to(work)), dim=1
+        )
     if v_codes is not None and v_scale is not None and v_offset is not None:
-        wide = (one.repeat_interleave(v_group, dim=2) for one in (v_scale, v_offset))
-        c_v = torch.cat((dequantized(v_codes, *wide, c_v.shape[2], v_bits, clamped, work), c_v.to(work)), dim=1)
+        scale_of, offset_of = (one.repeat_interleave(v_group, dim=2) for one in (v_scale, v_offset))
+        c_v = torch.cat(
+            (dequantized(v_codes, scale_of, offset_of, c_v.shape[2], v_bits, clamped, work), c_v.to(work)), dim=1
+        )
     old = c_k.shape[1]
     keys = torch.nn.functional.linear(c_k.to(work), b_k.to(work), None if bias_k is None else bias_k.to(work))
     values = torch.nn.functional.linear(c_v.to(work), b_v.to(work), None if bias_v is None else bias_v.to(work))
