@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import dequantized, rotated
+from .reference import dequantized
 
-TOKENS = 512
+TOKENS = 1024
 """Old tokens rebuilt at once, a multiple of every group of quantised tokens that is a divisor of it."""
 
 
@@ -48,6 +48,7 @@ def cskv_decode(
     tile = -(-TOKENS // k_group) * k_group
 
     def keys_of(first: int, end: int) -> Tensor:
+        """Rotated keys (B, H_kv, D, n): with tokens last, all that follows runs along memory."""
         c = c_k[:, max(first - k_quantised, 0) : max(end - k_quantised, 0)]
         if first < k_quantised and k_codes is not None and k_scale is not None and k_offset is not None:
             stop = min(end, k_quantised)
@@ -57,10 +58,13 @@ def cskv_decode(
             )
             codes = dequantized(k_codes[:, first:stop], scale_of, offset_of, rank_k, k_bits, clamped, work)
             c = torch.cat((codes.to(q.dtype), c), dim=1)
-        keys = torch.nn.functional.linear(c, b_k, bias_k).view(batch, end - first, heads, head_dim).transpose(1, 2)
+        keys = b_k @ c.transpose(1, 2)
+        if bias_k is not None:
+            keys += bias_k[:, None]
+        keys = keys.view(batch, heads, head_dim, end - first)
         if cos is None or sin is None:
             return keys
-        return rotated(keys, cos[:, None, first:end], sin[:, None, first:end]).to(q.dtype)
+        return turned(keys, *(one[:, first:end].transpose(1, 2)[:, None] for one in (cos, sin)))
 
     def latents_of(first: int, end: int) -> Tensor:
         c = c_v[:, max(first - v_quantised, 0) : max(end - v_quantised, 0)]
@@ -72,13 +76,13 @@ def cskv_decode(
         return c
 
     def masked_scores(keys: Tensor, first: int) -> Tensor:
-        scores = (grouped @ keys.transpose(2, 3)).to(work) * scale
+        scores = (grouped @ keys).to(work) * scale
         if start is not None:
-            place = torch.arange(first, first + keys.shape[2], device=q.device)
+            place = torch.arange(first, first + keys.shape[3], device=q.device)
             scores = scores.masked_fill((place < start[:, None])[:, None, None], -torch.inf)
         return scores
 
-    recent = masked_scores(k_tail, old)
+    recent = masked_scores(k_tail.transpose(2, 3), old)
     parts = [masked_scores(keys_of(first, min(first + tile, old)), first) for first in range(0, old, tile)]
     weights = torch.cat((*parts, recent), dim=-1).softmax(dim=-1)
     latent = q.new_zeros((batch, heads, grouped.shape[2], rank_v), dtype=work)
@@ -91,3 +95,16 @@ def cskv_decode(
         output += weights[..., :old].sum(-1, keepdim=True) * bias_v.view(heads, 1, head_dim)
     output += weights[..., old:].to(q.dtype) @ v_tail
     return output.reshape(batch, query_heads, 1, head_dim).to(q.dtype)
+
+
+def turned(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + half) of the channels of keys (B, H, D, n); cos and sin (B or 1, 1, half, n)."""
+    half, end = cos.shape[2], 2 * cos.shape[2]
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    first, second, cos, sin = (one.to(wide) for one in (keys[:, :, :half], keys[:, :, half:end], cos, sin))
+    cos, sin = cos.contiguous(), sin.contiguous()
+    result = torch.empty_like(keys, dtype=wide)
+    torch.mul(first, cos, out=result[:, :, :half]).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=result[:, :, half:end]).addcmul_(first, sin)
+    result[:, :, end:] = keys[:, :, end:]
+    return result.to(keys.dtype)
