@@ -67,6 +67,8 @@ def run(context: BenchContext, study: Study) -> list[Record]:
     for bits in (4, 2):
         variant = {**settings, "budget": f"int{bits}"}
         records += judge.records(_cskv(study, CSKVConfig(k_bits=bits, v_bits=bits)), variant)
+        whole = CSKVConfig(k_density=1, v_density=1, k_bits=bits, v_bits=bits)
+        records += judge.records(_cskv(study, whole, "cskv without factors"), variant)
         if peers.QUANTIZED not in missing:
             records += judge.records(Arm(peers.QUANTIZED, partial(_quantized, bits=bits)), variant)
     for name, reason in missing.items():
@@ -74,8 +76,8 @@ def run(context: BenchContext, study: Study) -> list[Record]:
     return records
 
 
-def _cskv(study: Study, config: CSKVConfig) -> Arm:
-    name = "cskv" if config.init == "whiten" else f"cskv with factors of {config.init}"
+def _cskv(study: Study, config: CSKVConfig, name: str = "") -> Arm:
+    name = name or ("cskv" if config.init == "whiten" else f"cskv with factors of {config.init}")
     return Arm(name, config=config, factors=fit(study.model, config, study.stats))
 
 
