@@ -11,6 +11,7 @@ from cskv.bench import peers
 from cskv.bench.arms import dropped_tokens, passkey_accuracy, plainly, relative_errors
 from cskv.bench.memory import cache_of, fill, tensor_bytes
 from cskv.bench.prompts import continued, read
+from cskv.bench.quality import between
 from cskv.evaluate import cskv_cache, decoding_at_once, full_cache, perplexity, sequences
 
 CONFIG = CSKVConfig(k_rank=8, v_rank=12, window=4, init="svd")
@@ -99,6 +100,16 @@ def test_sequences_are_spread_over_the_text():
     assert [int(one[0, 0]) for one in found] == [0, 40, 80]
     with pytest.raises(ValueError, match="100 tokens"):
         sequences(torch.arange(100), 6, 20)
+
+
+def test_gaps_between_sequences_share_no_token_with_them():
+    ids = torch.arange(1000)
+    taken = {int(token) for one in sequences(ids, 4, 100) for token in one[0]}
+    gaps = between(ids, 4, 100, 150)
+    assert len(gaps) == 3
+    assert all(one.shape == (1, 150) and not taken & {int(token) for token in one[0]} for one in gaps)
+    with pytest.raises(ValueError, match="no gaps of 300"):
+        between(ids, 4, 100, 300)
 
 
 @pytest.mark.parametrize("config", [None, CONFIG, CONFIG.replace(k_bits=4, v_bits=2, v_group=6)])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from cskv import CSKVConfig, applied, calibrate, finetune, fit
+from cskv import CSKVConfig, applied, calibrate, fit
 from cskv.bench import memory_table, peers
 from cskv.bench.arms import passkey_accuracy, plainly, relative_errors, with_cskv
 from cskv.bench.prompts import read
-from cskv.bench.quality import LENGTH, PASSKEY_LENGTH, PREFIX, QAT_RATE, QAT_STEPS
+from cskv.bench.quality import LENGTH, PASSKEY_LENGTH, PREFIX, VALIDATION_SEQUENCES, between, finetuned
 from cskv.bench.text import passkeys, reference_tokens
 from cskv.evaluate import cskv_cache, full_cache, perplexity, sequences
 from pared_bench import BenchContext
@@ -30,6 +30,13 @@ def language():
     model, tokenizer = smollm2()
     train, held_out = reference_tokens(tokenizer)
     return model, tokenizer, sequences(train, 8, 1024), sequences(held_out, 2, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def validation(language):
+    """Text that is neither calibrated on nor judged by."""
+    train, _ = reference_tokens(language[1])
+    return between(train, 8, 1024, LENGTH)[:VALIDATION_SEQUENCES]
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +102,12 @@ def test_four_bits_are_nearly_free_with_an_affine_zero_point_and_fatal_with_a_cl
     assert judge(four.replace(zero_point="clamped")) >= 3 * plain
 
 
-@pytest.mark.timeout(900)
-def test_training_with_the_quantiser_wins_back_what_clamping_lost(judge, language, stats):
+@pytest.mark.timeout(1800)
+def test_training_with_the_quantiser_wins_back_what_clamping_lost(judge, language, stats, validation):
     model, _, batches, _ = language
 
     def trained(config, factors):
-        options = {"steps": QAT_STEPS, "learning_rate": QAT_RATE, "cache_inputs": True}
-        return judge(config, finetune(model, config, factors, batches, **options))
+        return judge(config, finetuned(model, config, factors, batches, validation)[0])
 
     clamped = BASE.replace(k_bits=4, v_bits=4, zero_point="clamped")
     asvd = BASE.replace(init="asvd")
@@ -109,7 +115,7 @@ def test_training_with_the_quantiser_wins_back_what_clamping_lost(judge, languag
     whitened, plain, lost = fit(model, BASE, stats), judge(BASE), judge(clamped)
     assert lost - trained(clamped, whitened) >= 0.7 * (lost - plain)
     two = BASE.replace(k_bits=2, v_bits=2)
-    assert trained(two, whitened) <= 1.01 * judge(two)
+    assert trained(two, whitened) <= judge(two)
 
 
 def test_passkeys_are_found_by_step_by_step_generation(language, stats):

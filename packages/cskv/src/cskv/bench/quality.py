@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,8 +28,10 @@ PASSKEY_LENGTH = 1000
 RANKS = ((96, 96), (48, 96), (36, 36), (24, 48), (96, 48))
 BASE = CSKVConfig(k_rank=48, v_rank=96)
 QAT_STEPS = 80
-QAT_RATE = 1e-3
+QAT_RATES = (1e-3, 3e-4)
+"""Learning rates to choose from, by perplexity on `Study.validation`."""
 QAT_SEQUENCES = 8
+VALIDATION_SEQUENCES = 3
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Study:
     model: Any
     stats: Statistics
     calibration: list[Tensor]
+    validation: list[Tensor]
     texts: list[Tensor]
     prompts: list[tuple[ReadPrompt, Tensor]]
 
@@ -53,7 +56,8 @@ class Study:
         stats = calibrate(model, batches, track=lambda items: context.track(items, "calibrating", calibration))
         texts = sequences(held_out, count, LENGTH)
         keys = passkeys(tokenizer, prompts, PASSKEY_LENGTH, context.seed)
-        return cls(model, stats, batches, texts, [(read(model, one.prompt), one.answer) for one in keys])
+        validation = between(train, calibration, CALIBRATION_LENGTH, LENGTH)[:VALIDATION_SEQUENCES]
+        return cls(model, stats, batches, validation, texts, [(read(model, one.prompt), one.answer) for one in keys])
 
     def settings(self, experiment: str) -> dict[str, Any]:
         """What every number was measured on."""
@@ -143,22 +147,43 @@ def run_finetune(context: BenchContext, study: Study) -> list[Record]:
         plain = BASE.replace(init=init)
         factors = fit(study.model, plain, study.stats)
         config = plain.replace(k_bits=bits, v_bits=bits, zero_point=zero_point)
-        trained = finetune(
-            study.model,
-            config,
-            factors,
-            batches,
-            steps=QAT_STEPS,
-            learning_rate=QAT_RATE,
-            cache_inputs=True,
-            track=lambda steps: context.track(steps, "finetuning", QAT_STEPS),
-        )
+        track = partial(context.track, description="finetuning")
+        trained, rate = finetuned(study.model, config, factors, batches, study.validation, track=track)
+        variant = {**settings, "init": init, "quantiser": f"int{bits} {zero_point}"}
         for name, one, used in (
             ("not quantised", plain, factors),
             ("quantised", config, factors),
             ("quantised and finetuned", config, trained),
         ):
             found = perplexity(cskv_cache(study.model, one, used), study.texts, PREFIX)
-            variant = {**settings, "init": init, "quantiser": f"int{bits} {zero_point}"}
-            records.append(Record("cskv", name, "perplexity", found, "", variant))
+            note = f"learning rate {rate:g}, chosen on other text" if used is trained else ""
+            records.append(Record("cskv", name, "perplexity", found, "", variant, note=note))
     return records
+
+
+def finetuned(
+    model: Any,
+    config: CSKVConfig,
+    factors: Factors,
+    batches: Sequence[Tensor],
+    validation: Sequence[Tensor],
+    *,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> tuple[Factors, float]:
+    """Factors after training with the learning rate of `QAT_RATES` that is best on `validation`, and that rate."""
+    options: dict[str, Any] = {"steps": QAT_STEPS, "cache_inputs": True, "track": track}
+    trained = {rate: finetune(model, config, factors, batches, learning_rate=rate, **options) for rate in QAT_RATES}
+    best = min(QAT_RATES, key=lambda rate: perplexity(cskv_cache(model, config, trained[rate]), validation, PREFIX))
+    return trained[best], best
+
+
+def between(ids: Tensor, count: int, length: int, wanted: int) -> list[Tensor]:
+    """Sequences (1, wanted) from the middle of the gaps that `sequences(ids, count, length)` leaves.
+
+    Raises ValueError when there are no gaps of this length.
+    """
+    stride = (len(ids) - length) // max(count - 1, 1)
+    first = length + (stride - length - wanted) // 2
+    if count < 2 or stride < length + wanted:
+        raise ValueError(f"count = {count}, length = {length}: they leave no gaps of {wanted} in {len(ids)} tokens")
+    return [ids[place * stride + first :][:wanted][None] for place in range(count - 1)]
