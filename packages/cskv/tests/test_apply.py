@@ -221,7 +221,7 @@ def test_stats_tell_what_the_latest_cache_holds_until_reset(language_model, toke
         assert stats["tokens"] == 104
         assert stats["batch"] == 2
         assert stats["layers"] == {0: {"k": 8, "v": 12}, 1: {"k": 8, "v": 12}}
-        assert stats["backend"] == "torch"
+        assert stats["backend"] == "cpu"
         # 20 of 64 channels, a short tail, half of cos and sin.
         assert 20 / 64 < stats["ratio"] < 0.6
         handle.reset()

@@ -239,7 +239,6 @@ def test_the_kernels_themselves_give_the_tokens_in_the_interpreter(model_of, tok
 @pytest.mark.parametrize(
     ("family", "options", "reason"),
     [
-        ("llama", {"head_dim": 32}, "64, 128 or 256"),
         ("qwen3", {"head_dim": 64}, "norm"),
         ("gpt-oss", {"head_dim": 64}, "sinks"),
         ("gemma2", {"head_dim": 64}, "cap"),
@@ -267,12 +266,25 @@ def test_another_pairing_of_channels_is_found_by_asking_the_model_file(model_of)
         resolve_backend(LOSSY, view, plans)
 
 
-def test_auto_takes_the_kernels_where_they_run(model_of, monkeypatch):
+def test_auto_takes_the_kernels_where_they_run_and_their_operators_on_a_cpu(model_of, tokens, calls, monkeypatch):
     with applied(model_of(), LOSSY.replace(backend="auto")) as handle:
         assert handle.backend == "triton"
     monkeypatch.undo()
-    with applied(model_of(), LOSSY.replace(backend="auto")) as handle:
-        assert handle.backend == "torch"
+    model = model_of()
+    with applied(model, LOSSY.replace(backend="auto")) as handle:
+        assert handle.backend == "cpu"
+        found = fused.attend
+        monkeypatch.setattr(fused, "attend", lambda *given: calls.append(1) or found(*given))
+        model.generate(tokens(1, 12), max_new_tokens=3, do_sample=False)
+    assert len(calls) == 2 * len(model.model.layers)
+
+
+def test_kernels_take_heads_of_some_sizes_and_the_operators_of_a_cpu_all(language_model):
+    model = language_model("llama", head_dim=32)
+    with pytest.raises(RuntimeError, match="64, 128 or 256"):
+        apply(model, LOSSY)
+    with applied(model, LOSSY.replace(backend="auto")) as handle:
+        assert handle.backend == "cpu"
 
 
 def test_two_patches_of_attention_come_off_in_any_order(model_of, tokens):

@@ -108,7 +108,7 @@ def apply(
         with Patch(OWNER) as patch:
             patch.claim(view.model, "decoder.cache")
             patch.on_remove(lambda: setattr(shared, "removed", True))
-            fused = FusedAttention(view.config._attn_implementation, shared) if backend == "triton" else None
+            fused = FusedAttention(view.config._attn_implementation, shared) if backend != "torch" else None
             if fused is not None:
                 # Where the decoder is a part, the other parts keep their own implementation.
                 target = view.root if getattr(view.root, "config", None) is view.config else view.model

@@ -47,7 +47,7 @@ class CSKVConfig(Config):
     """Prompts given in several calls: later chunks read compressed tokens, or all stay exact until decoding begins."""
     backend: Literal["auto", "torch", "triton"] = "auto"
     """Implementation of decoding: plain torch, or fused kernels, which need CUDA and heads of 64, 128 or 256 channels.
-    "auto" takes the kernels where they run."""
+    "auto" takes the kernels where they run, and their operators without kernels on a CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
