@@ -59,7 +59,7 @@ class Specialization:
     `types` gives the Triton type of every argument that is not in `constants` ("*fp16", "i32", "fp32"); `constants`
     holds the constexprs and the arguments that Triton turns into constants, such as a stride of 1. `aligned` names the
     arguments that are multiples of 16, as pointers of torch tensors are. `backend` is "cuda" or "hip" where the two are
-    launched differently; None: it is compiled for both.
+    launched differently, and `warp` the threads of a warp that it is for; None: it is compiled for all.
     """
 
     kernel: Any
@@ -69,6 +69,11 @@ class Specialization:
     options: Mapping[str, int] = field(default_factory=dict)
     aligned: tuple[str, ...] = ()
     backend: str | None = None
+    warp: int | None = None
+
+    def is_for(self, place: Target) -> bool:
+        """Whether it is compiled for this target."""
+        return self.backend in (None, place.backend) and self.warp in (None, place.warp)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def compile_all(targets: Iterable[str] | None = None, ops: Iterable[str] | None 
         if operator.has_part("aot")
         for specialization in operator.part("aot").kernels()
         for place in chosen
-        if specialization.backend in (None, place.backend)
+        if specialization.is_for(place)
     ]
 
 

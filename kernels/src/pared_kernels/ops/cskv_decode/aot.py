@@ -8,13 +8,12 @@ import torch
 
 from ...aot import Specialization
 from .triton import (
-    LARGEST_HEAD_HIP,
-    LARGEST_RANK_HIP,
     VARYING,
     combine_constants,
     combine_kernel,
     split_constants,
     split_kernel,
+    too_large,
 )
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -24,7 +23,10 @@ SHAPES = (
     ("Llama-3.1-8B r200", 8, 4, 128, 200, 0, ("fp16", "bf16", "fp32")),
     ("Llama-3.1-8B r200 int4", 8, 4, 128, 200, 4, ("bf16",)),
     ("LongChat-7B r800", 32, 1, 128, 800, 0, ("bf16",)),
+    ("Llama-3.1-8B r205", 8, 4, 128, 205, 0, ("bf16",)),
+    ("D128 r16", 8, 4, 128, 16, 0, ("bf16",)),
     ("D128 r512", 8, 4, 128, 512, 0, ("bf16", "fp32")),
+    ("D128 r512 one key head", 1, 32, 128, 512, 0, ("bf16",)),
     ("Qwen2.5-0.5B r64", 2, 7, 64, 64, 0, ("bf16",)),
     ("D256 r256", 4, 2, 256, 256, 0, ("bf16",)),
 )
@@ -34,9 +36,10 @@ def kernels() -> Iterator[Specialization]:
     """Yield both kernels for layers of real models and for the largest ranks, biases and padding included."""
     for label, heads, group, head_dim, rank, bits, dtypes in SHAPES:
         for dtype in dtypes:
-            fits_hip = rank <= LARGEST_RANK_HIP and head_dim <= LARGEST_HEAD_HIP and bits == 0 and dtype != "fp32"
-            for backend in ("cuda", "hip") if fits_hip else ("cuda",):
-                yield _split(f"{dtype} {label}", DTYPES[dtype], dtype, heads, group, head_dim, rank, bits, backend)
+            for wavefront in (None, 64, 32):
+                shape = (DTYPES[dtype], dtype, heads, group, head_dim, rank, bits, wavefront)
+                if _fits(*shape):
+                    yield _split(f"{dtype} {label}", *shape)
             constants, options = combine_constants(
                 query_heads=heads * group, group=group, head_dim=head_dim, rank_v=rank
             )
@@ -52,6 +55,16 @@ def kernels() -> Iterator[Specialization]:
             )
 
 
+def _fits(
+    dtype: torch.dtype, name: str, heads: int, group: int, head_dim: int, rank: int, bits: int, wavefront: int | None
+) -> bool:
+    rows = (rank, rank)
+    return (
+        too_large(dtype, group=group, head_dim=head_dim, rank_v=rank, rows=rows, packed=bits > 0, wavefront=wavefront)
+        is None
+    )
+
+
 def _split(
     label: str,
     dtype: torch.dtype,
@@ -61,7 +74,7 @@ def _split(
     head_dim: int,
     rank: int,
     bits: int,
-    backend: str,
+    wavefront: int | None,
 ) -> Specialization:
     constants, options = split_constants(
         dtype,
@@ -72,7 +85,7 @@ def _split(
         rank_k=rank,
         rank_v=rank,
         packed=bits > 0,
-        hip=backend == "hip",
+        wavefront=wavefront,
     )
     floating = ("q", "c_k", "c_v", "b_k", "bias_k", "k_tail", "v_tail", "cos", "sin")
     pointers = {f"{one}_ptr": f"*{name}" for one in floating}
@@ -100,5 +113,6 @@ def _split(
         },
         options,
         aligned=(*pointers, *strides),
-        backend=backend,
+        backend="hip" if wavefront else "cuda",
+        warp=wavefront,
     )

@@ -16,8 +16,8 @@ from ... import dispatch
 LARGEST_RANK = 1024
 """Ranks of values above this need more registers for the latent sums than a block has."""
 
-LARGEST_RANK_HIP, LARGEST_HEAD_HIP = 512, 128
-"""What the compiler for AMD can hold without spilling registers."""
+LARGEST_RANK_ROCM = 512
+"""The same on AMD's GPUs in float32, and on those with wavefronts of 32 in every dtype."""
 
 LOG2_E = 1.4426950408889634
 
@@ -424,9 +424,12 @@ def split_constants(
     rank_k: int,
     rank_v: int,
     packed: bool,
-    hip: bool,
+    wavefront: int | None,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return the constants of `split_kernel` that follow from the shapes, and its launch options."""
+    """Return the constants of `split_kernel` that follow from the shapes, and its launch options.
+
+    `wavefront`: threads of a wavefront of an AMD GPU, 32 or 64; None for other GPUs.
+    """
     full = dtype == torch.float32
     together = 1
     while 2 * together * group <= 16 and heads % (2 * together) == 0:
@@ -436,10 +439,11 @@ def split_constants(
     if full:
         tokens = min(32, 8192 // values)
     else:
-        tokens = min(32 if hip or packed else 64, (16384 if hip else 32768) // values, 8192 // head_dim)
+        largest = 32 if wavefront == 32 or packed else 64
+        tokens = min(largest, (16384 if wavefront else 32768) // values, 8192 // head_dim)
     tokens = max(16, tokens)
     # Small steps where large ones would multiply many zeros.
-    step = 64 if (rank_k - 1) % 64 >= 32 and not full else 32
+    step = 64 if (rank_k - 1) % 64 >= 32 and not full and wavefront is None else 32
     constants = {
         "KV_HEADS": heads,
         "GROUP": group,
@@ -451,7 +455,7 @@ def split_constants(
         "ROWS": max(16, triton.next_power_of_2(together * group)),
         "BLOCK_TOKENS": tokens,
         "BLOCK_PAIRS": max(16, triton.next_power_of_2(head_dim // 2)),
-        "BLOCK_RANK": step if rank_k > 16 else 16,
+        "BLOCK_RANK": step if rank_k > 16 or wavefront else 16,
         "BLOCK_VALUES": values,
         "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim)),
         "BLOCK_RECENT": 32,
@@ -460,7 +464,9 @@ def split_constants(
         # Triton's interpreter multiplies the bit patterns of bfloat16.
         "WIDEN": dtype == torch.bfloat16 and dispatch.interprets(),
     }
-    return constants, {"num_warps": 8, "num_stages": 2 if hip else 3, "enable_fp_fusion": True}
+    # Eight wavefronts of 64 would leave each thread half of the 512 registers that it can have.
+    warps = 4 if wavefront == 64 else 8
+    return constants, {"num_warps": warps, "num_stages": 2 if wavefront else 3, "enable_fp_fusion": True}
 
 
 def combine_constants(
@@ -479,21 +485,50 @@ def combine_constants(
     return constants, {"num_warps": 4, "enable_fp_fusion": True}
 
 
+def too_large(
+    dtype: torch.dtype,
+    *,
+    group: int,
+    head_dim: int,
+    rank_v: int,
+    rows: tuple[int, int],
+    packed: bool,
+    wavefront: int | None,
+) -> str | None:
+    """Return why a GPU cannot hold a tile in registers and shared memory, or None; `rows`: strides of the latents."""
+    small = wavefront == 32 or (wavefront == 64 and dtype == torch.float32)
+    largest = LARGEST_RANK_ROCM if small else LARGEST_RANK
+    if rank_v > largest:
+        return f"values have rank {rank_v}; the kernel sums up to {largest} channels"
+    if wavefront != 32:
+        return None
+    # A thread has 256 registers there; these are the shapes whose code spills some of them.
+    kind = None
+    if packed or dtype == torch.float32 or head_dim > 128:
+        kind = "codes, float32 and heads of over 128 channels"
+    elif group > 16:
+        kind = "over 16 query heads of one key head"
+    elif rank_v > 128 and any(row % 2 for row in rows):
+        kind = "rows of an odd number of latents over 128"
+    return None if kind is None else f"{kind} take too many registers of AMD GPUs with wavefronts of 32"
+
+
 def unsupported(q: Tensor, c_k: Tensor, c_v: Tensor, *rest: Any) -> str | None:
     """Return why the kernel can't take these arguments, or None."""
-    head_dim, packed = q.shape[3], any(codes is not None for codes in (rest[10], rest[13]))
+    head_dim = q.shape[3]
     if q.dtype == torch.float64:
         return "float64 is left to the reference"
     if head_dim % 2:
         return f"heads of {head_dim} channels do not consist of pairs"
-    largest = LARGEST_RANK
-    if torch.version.hip is not None:
-        largest = LARGEST_RANK_HIP
-        if packed or head_dim > LARGEST_HEAD_HIP or q.dtype == torch.float32:
-            return f"on ROCm, codes, float32 and heads of over {LARGEST_HEAD_HIP} channels take too many registers"
-    if c_v.shape[2] > largest:
-        return f"values have rank {c_v.shape[2]}; the kernel sums up to {largest} channels"
-    return None
+    return too_large(
+        q.dtype,
+        group=q.shape[1] // rest[2].shape[1],
+        head_dim=head_dim,
+        rank_v=c_v.shape[2],
+        rows=(c_k.stride(1), c_v.stride(1)),
+        packed=any(codes is not None for codes in (rest[10], rest[13])),
+        wavefront=_wavefront(q.device),
+    )
 
 
 def cskv_decode(
@@ -538,7 +573,7 @@ def cskv_decode(
         rank_k=rank_k,
         rank_v=rank_v,
         packed=k_bits + v_bits > 0,
-        hip=torch.version.hip is not None,
+        wavefront=_wavefront(q.device),
     )
     blocks = heads // constants["HEADS"]
     splits, split_tokens = _split(old, constants["BLOCK_TOKENS"], batch * blocks, q.device)
@@ -626,6 +661,13 @@ def cskv_decode(
         **options,
     )
     return out
+
+
+def _wavefront(device: torch.device) -> int | None:
+    """Return the threads of a wavefront of an AMD GPU, None for other devices."""
+    if torch.version.hip is None or device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).warp_size)
 
 
 def _split(old: int, block: int, others: int, device: torch.device) -> tuple[int, int]:
