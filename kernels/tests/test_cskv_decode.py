@@ -119,6 +119,29 @@ def test_values_of_a_large_rank_are_left_to_the_reference(generator):
         assert "1025" in reason
 
 
+@pytest.mark.skipif(not dispatch.has_triton(), reason="no triton")
+@pytest.mark.parametrize(
+    ("wavefront", "shape", "dtype", "named"),
+    [
+        (32, PADDED, torch.bfloat16, None),
+        (32, PADDED, torch.float32, "float32"),
+        (32, cases.SHAPES[6], torch.bfloat16, "codes"),
+        (32, cases.Shape(dim=256, old=3), torch.bfloat16, "128 channels"),
+        (32, cases.Shape(group=17, old=3), torch.bfloat16, "16 query heads"),
+        (32, cases.Shape(rank_k=205, rank_v=205, old=3), torch.bfloat16, "odd number"),
+        (32, cases.Shape(rank_v=513, old=3), torch.bfloat16, "513"),
+        (64, cases.Shape(dim=256, group=17, rank_k=205, rank_v=513, old=3), torch.bfloat16, None),
+        (64, cases.SHAPES[6], torch.float32, None),
+        (64, cases.Shape(rank_v=513, old=3), torch.float32, "513"),
+    ],
+)
+def test_what_an_amd_gpu_cannot_hold_is_left_to_the_reference(wavefront, shape, dtype, named, generator, monkeypatch):
+    monkeypatch.setattr("pared_kernels.ops.cskv_decode.triton._wavefront", lambda device: wavefront)
+    arguments = cases.draw(shape, dtype, generator)
+    reason = dispatch.why_not(registry.operators()["cskv_decode"], "triton", arguments)
+    assert reason is None if named is None else named in str(reason)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "named"),
     [

@@ -73,7 +73,7 @@ def cases(seed: int) -> Iterator[Case]:
 
 
 def draw(shape: Shape, dtype: torch.dtype, generator: torch.Generator, device: str = "cpu") -> tuple[Any, ...]:
-    """Return the operator's arguments; the first row of a padded batch begins behind the old tokens if it can."""
+    """Return the operator's arguments; the first of several padded rows begins behind the old tokens if it can."""
 
     def randn(*size: int, spread: float = 1.0) -> Tensor:
         return (spread * torch.randn(*size, generator=generator)).to(dtype)
@@ -83,8 +83,9 @@ def draw(shape: Shape, dtype: torch.dtype, generator: torch.Generator, device: s
     angles = 6 * torch.rand(batch, old, shape.turned // 2, generator=generator)
     start = None
     if shape.padded:
-        start = torch.randint(0, old, (batch,), generator=generator)
-        start[0] = old + min(1, max(shape.recent - 1, 0)) if shape.recent else old - 1
+        start = torch.randint(1, old // 2 + 1, (batch,), generator=generator)
+        if batch > 1:
+            start[0] = old + min(1, max(shape.recent - 1, 0)) if shape.recent else old - 1
     k_parts: tuple[Any, ...] = (None, None, None)
     v_parts: tuple[Any, ...] = (None, None, None)
     k_group, v_group, quantised = 1, 1, shape.quantised
