@@ -90,7 +90,7 @@ def draw(shape: Shape, dtype: torch.dtype, generator: torch.Generator, device: s
     v_parts: tuple[Any, ...] = (None, None, None)
     k_group, v_group, quantised = 1, 1, shape.quantised
     if quantised:
-        k_group, v_group = 32, max(one for one in range(1, 33) if shape.rank_v % one == 0)
+        k_group, v_group = 32, max(one for one in range(1, shape.rank_v) if shape.rank_v % one == 0)
         rows = (batch, -(-quantised // k_group), shape.rank_k), (batch, quantised, shape.rank_v // v_group)
         k_parts, v_parts = (
             _codes(batch, quantised, rank, shape, size, generator)

@@ -502,12 +502,12 @@ def too_large(
         return f"values have rank {rank_v}; the kernel sums up to {largest} channels"
     if wavefront != 32:
         return None
-    # A thread has 256 registers there; these are the shapes whose code spills some of them.
+    # A thread has 256 registers there; the code for these shapes spills some of them.
     kind = None
     if packed or dtype == torch.float32 or head_dim > 128:
         kind = "codes, float32 and heads of over 128 channels"
-    elif group > 16:
-        kind = "over 16 query heads of one key head"
+    elif group > 8:
+        kind = "over 8 query heads of one key head"
     elif rank_v > 128 and any(row % 2 for row in rows):
         kind = "rows of an odd number of latents over 128"
     return None if kind is None else f"{kind} take too many registers of AMD GPUs with wavefronts of 32"
