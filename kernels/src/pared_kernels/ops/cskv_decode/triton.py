@@ -439,11 +439,12 @@ def split_constants(
     if full:
         tokens = min(32, 8192 // values)
     else:
-        largest = 32 if wavefront == 32 or packed else 64
+        largest = 64 if wavefront == 64 and not packed else 32
         tokens = min(largest, (16384 if wavefront else 32768) // values, 8192 // head_dim)
     tokens = max(16, tokens)
-    # Small steps where large ones would multiply many zeros.
-    step = 64 if (rank_k - 1) % 64 >= 32 and not full and wavefront is None else 32
+    # Small steps where large ones would multiply many zeros, save for odd ranks, which spill in small steps.
+    large = (rank_k - 1) % 64 >= 32 or rank_k % 2 == 1
+    step = 64 if large and not full and wavefront is None else 32
     constants = {
         "KV_HEADS": heads,
         "GROUP": group,
