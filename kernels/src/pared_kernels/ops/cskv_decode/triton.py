@@ -480,7 +480,7 @@ def combine_constants(
         "HEAD_DIM": head_dim,
         "RANK_V": rank_v,
         "BLOCK_DIM": 32,
-        "BLOCK_RANK": 128,
+        "BLOCK_RANK": 64,
         "BLOCK_SPLITS": 16,
     }
     return constants, {"num_warps": 4, "enable_fp_fusion": True}
