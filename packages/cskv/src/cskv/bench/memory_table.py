@@ -29,6 +29,7 @@ SHAPES = {
 
 VARIANTS: dict[str, CSKVConfig | None] = {
     "full cache": None,
+    "k 1, v 1, int4": CSKVConfig(k_density=1, v_density=1, k_bits=4, v_bits=4),
     "k 0.25, v 0.5": CSKVConfig(),
     "k 0.25, v 0.5, int4": CSKVConfig(k_bits=4, v_bits=4),
     "k 0.2, v 0.2": CSKVConfig(k_density=0.2, v_density=0.2),
