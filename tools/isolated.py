@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 from workspace import ROOT, UV, Member, closure, member
@@ -60,6 +61,11 @@ def check(one: Member, folder: Path, *, demo: bool) -> None:
         "--no-emit-workspace",
     )
     run(*export, "--output-file", constraints, cwd=ROOT, env=env)
+    # The workspace leaves out what only the users of some wheels' other parts need, such as a runtime that takes
+    # minutes to compile; so does who follows the zoo's documentation.
+    overrides = folder / "overrides.txt"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    overrides.write_text("\n".join(project["tool"]["uv"].get("override-dependencies", [])), encoding="utf-8")
     run(UV, "venv", "--quiet", "--python", sys.executable, folder / "venv", cwd=folder, env=env)
 
     def install(needed: list[Member], extra: str) -> None:
@@ -67,8 +73,8 @@ def check(one: Member, folder: Path, *, demo: bool) -> None:
         for other in needed:
             (wheel,) = wheels.glob(f"{other.module}-{other.version}-*.whl")
             files.append(f"{other.name}{extra if other is one else ''} @ {wheel.as_uri()}")
-        command = (UV, "pip", "install", "--quiet", "--python", python, "--constraints", constraints)
-        run(*command, *files, cwd=folder, env=env)
+        command = (UV, "pip", "install", "--quiet", "--python", python)
+        run(*command, "--constraints", constraints, "--overrides", overrides, *files, cwd=folder, env=env)
 
     install(closure(one), "")
     run(UV, "pip", "uninstall", "--quiet", "--python", python, "triton", cwd=folder, env=env)
