@@ -1,11 +1,11 @@
 """What `pared bench cskv` measures: quality by factors, window and bits, and beside other methods at equal bytes;
-finetuning; memory; speed of decoding."""
+finetuning; memory; speed of decoding; how many sequences a GPU holds."""
 
 from __future__ import annotations
 
 from pared_bench import BenchContext, Record
 
-EXPERIMENTS = ("quality", "equal-bytes", "finetune", "memory", "speed")
+EXPERIMENTS = ("quality", "equal-bytes", "finetune", "memory", "speed", "capacity")
 
 
 def run(
@@ -48,4 +48,8 @@ def run(
         from cskv.bench import speed
 
         records += speed.run(context)
+    if "capacity" in chosen:
+        from cskv.bench import capacity
+
+        records += capacity.run(context)
     return records
