@@ -87,7 +87,7 @@ class Setting:
 
 @contextmanager
 def twins(model: Any, configs: dict[str, CSKVConfig]) -> Iterator[Iterator[tuple[str, Any, CSKVHandle]]]:
-    """(name, model, handle) of each configuration. One model object takes one, so each gets its own; weights are shared."""
+    """(name, model, handle) of each configuration, which takes a model object of its own; the weights are shared."""
     handles: list[CSKVHandle] = []
 
     def each() -> Iterator[tuple[str, Any, CSKVHandle]]:
