@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
 
 from cskv.backend import resolve_backend
-from cskv.cache import Applied, CSKVCache, CSKVLayer, FactorBuffers, LayerSpec
+from cskv.cache import Applied, CSKVCache, CSKVLayer, FactorBuffers, LayerSpec, Usage
 from cskv.config import CSKVConfig
 from cskv.errors import AppliedTwiceError
 from cskv.factors import Factors, check_factors
@@ -78,8 +78,6 @@ class CSKVHandle(Handle):
 
     def reset(self) -> None:
         """Forget the statistics. Caches belong to their callers and stay as they are."""
-        from cskv.cache import Usage
-
         self._shared.usage = Usage()
 
 

@@ -16,9 +16,9 @@ class Branches:
     A side that is `lossless`, without factor and quantiser, keeps its exact tokens as the latents and needs no tail.
     """
 
-    def __init__(self, rank: int | None, quantization: QuantizationPlan | None, fused: bool = False) -> None:
+    def __init__(self, rank: int | None, quantization: QuantizationPlan | None) -> None:
         self.lossless = rank is None and quantization is None
-        self.store = LatentStore(quantization, fused)
+        self.store = LatentStore(quantization)
         # Exact tokens, (B, n, H_kv, D).
         self.tail = GrowingTensor()
 

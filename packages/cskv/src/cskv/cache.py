@@ -149,8 +149,8 @@ class CSKVLayer(CacheLayerMixin):
         self.usage = usage
         self.owns_rotary = owns_rotary
         self.record_past = False
-        self._key_branches = Branches(spec.plan.k_rank, spec.plan.k_quantization, spec.fused)
-        self._value_branches = Branches(spec.plan.v_rank, spec.plan.v_quantization, spec.fused)
+        self._key_branches = Branches(spec.plan.k_rank, spec.plan.k_quantization)
+        self._value_branches = Branches(spec.plan.v_rank, spec.plan.v_quantization)
         self._stage: Stage | None = None
         # Where in the sequence the exact tail begins; tokens before it exist as latents alone.
         self._tail_from = 0
@@ -245,13 +245,11 @@ class CSKVLayer(CacheLayerMixin):
                     side.append(latent, exact.detach())
             for side in self.sides:
                 side.store.quantize(stage.rebuilt, touching=True)
+            keys, values = key_states, value_states
             if fuses:
-                keys, values = key_states, value_states
                 self.spec.applied.handed[id(self.spec.plan.adapter.module)] = Handed(self, stage.rebuilt)
             elif past:
                 keys, values = self.columns(stage.rebuilt, stage.exact_from)
-            else:
-                keys, values = key_states, value_states
             if not self.record_past:
                 self._trim(queries)
         self._report(key_states)

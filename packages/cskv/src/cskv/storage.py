@@ -9,7 +9,7 @@ import torch
 from pared_kernels import QuantizedLatents, cskv_quant_flush
 from torch import Tensor
 
-from cskv.functional import BEYOND_FLOAT16, Axis, Packed, PackedMeta, dequantize, quantize
+from cskv.functional import BEYOND_FLOAT16, Axis, Packed, PackedMeta, dequantize
 
 SLACK_SHARE, LEAST_SLACK, MOST_SLACK = 16, 8, 1024
 """Free rows after growing: a sixteenth of those in use, within these bounds. The first rows are stored without any."""
@@ -100,14 +100,10 @@ class QuantizationPlan:
 
 
 class LatentStore:
-    """Latents (batch, tokens, channels) of all tokens; with a plan, whole groups of them can be kept quantised.
+    """Latents (batch, tokens, channels) of all tokens; with a plan, whole groups of them can be kept quantised."""
 
-    `fused`: they are quantised by the operator of pared_kernels, straight to where they are kept.
-    """
-
-    def __init__(self, plan: QuantizationPlan | None, fused: bool = False) -> None:
+    def __init__(self, plan: QuantizationPlan | None) -> None:
         self.plan = plan
-        self.fused = fused
         self.raw = GrowingTensor()
         self.codes, self.scale, self.offset = GrowingTensor(), GrowingTensor(), GrowingTensor()
         # The latest quantised group as it was, for a truncation that cuts it.
@@ -133,20 +129,14 @@ class LatentStore:
         if whole <= 0:
             return
         latents = self.raw.rows(0, whole)
-        if self.fused:
-            self._pack_in_place(latents)
-        else:
-            packed = quantize(
-                latents, bits=plan.bits, axis=plan.axis, group_size=plan.group_size, zero_point=plan.zero_point
-            )
-            for store, rows in ((self.codes, packed.codes), (self.scale, packed.scale), (self.offset, packed.offset)):
-                store.append(rows)
+        self._pack_in_place(latents)
         self._dtype, self._channels = latents.dtype, latents.shape[2]
         self.latest.clear()
         self.latest.append(self.raw.rows(whole - plan.tokens, whole))
         self.raw.drop_front(whole)
 
     def _pack_in_place(self, latents: Tensor) -> None:
+        """Codes, scales and offsets of `functional.quantize`, written straight to where they are kept."""
         assert self.plan is not None
         plan, (batch, tokens, channels) = self.plan, latents.shape
         per_token = plan.axis == "token"
