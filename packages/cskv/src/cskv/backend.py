@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
 from pared_hooks import DecoderView
 from torch import nn
 
 from cskv.config import CSKVConfig
-from cskv.functional import rotate
 from cskv.plan import LayerPlan
 
 HEADS = (64, 128, 256)
@@ -24,7 +22,7 @@ def resolve_backend(config: CSKVConfig, view: DecoderView, plans: list[LayerPlan
     """
     if config.backend == "torch":
         return "torch"
-    unknown = _unknown_attention(view, plans)
+    unknown = _unknown_attention(plans)
     reason = missing_device(view.root) or _unknown_heads(view) or unknown
     if reason is None:
         return "triton"
@@ -50,7 +48,7 @@ def _unknown_heads(view: DecoderView) -> str | None:
     return None if view.head_dim in HEADS else f"needs heads of 64, 128 or 256 channels; this model has {view.head_dim}"
 
 
-def _unknown_attention(view: DecoderView, plans: list[LayerPlan]) -> str | None:
+def _unknown_attention(plans: list[LayerPlan]) -> str | None:
     """Why the operators cannot do what this model's attention does, or None."""
     if not any(plan.has_factors for plan in plans):
         return "needs a layer whose keys and values both have a factor; here all keep one of them exactly"
@@ -58,22 +56,11 @@ def _unknown_attention(view: DecoderView, plans: list[LayerPlan]) -> str | None:
     name = type(adapter.module).__name__
     if adapter.key_norm is not None:
         return f"rebuilds keys without a norm; {name} normalises them"
-    if any(getattr(plan.adapter.module, "sinks", None) is not None for plan in plans):
+    if adapter.has_sinks:
         return f"attends without sinks; {name} has them"
-    if getattr(view.config, "attn_logit_softcapping", None) is not None:
+    if adapter.caps_scores:
         return f"attends without a cap of the scores; {name} has one"
-    if not _rotates_halves(plans):
+    turning = next((plan.adapter for plan in plans if plan.adapter.uses_rope), None)
+    if turning is not None and not turning.rotates_halves():
         return f"rotates keys in halves; {name} pairs channels in another way"
     return None
-
-
-def _rotates_halves(plans: list[LayerPlan]) -> bool:
-    """Whether the family's own function rotates a key as `functional.rotate` does."""
-    adapter = next((plan.adapter for plan in plans if plan.adapter.uses_rope), None)
-    if adapter is None:
-        return True
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(1, adapter.num_kv_heads, 2, adapter.head_dim, generator=generator)
-    angles = torch.rand(1, 2, adapter.head_dim // 2, generator=generator).repeat(1, 1, 2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.allclose(adapter.rotate_keys(keys, cos, sin), rotate(keys, cos, sin), atol=1e-5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 from pared_hooks import Patch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from cskv.adapters import attention_function
 from cskv.cache import Applied, FactorBuffers, LayerSpec
 from cskv.config import CSKVConfig
 from cskv.errors import UnsupportedAttentionError
@@ -77,8 +76,7 @@ def _attention(
     ) -> Any:
         spec = specs.get(id(module))
         if spec is None:
-            function = ALL_ATTENTION_FUNCTIONS.get(own) or _eager(module)
-            return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+            return attention_function(own, module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         _refuse_extras(module, kwargs)
         k_hat, v_hat = rebuilt_whole(spec, key, value, *staged.pop(id(module)))
         output = bibranch_attention(
@@ -95,10 +93,6 @@ def _attention(
         return output.transpose(1, 2).contiguous(), None
 
     return attention
-
-
-def _eager(module: Any) -> Any:
-    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
 
 
 def _refuse_extras(module: Any, kwargs: dict[str, Any]) -> None:

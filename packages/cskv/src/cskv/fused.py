@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pared_kernels import cskv_append, cskv_decode
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from cskv.adapters import attention_function
 
 if TYPE_CHECKING:
     from cskv.cache import Applied, CSKVLayer, Handed
@@ -112,7 +112,7 @@ class FusedAttention:
                 scale = query.shape[-1] ** -0.5 if scaling is None else scaling
                 return attend(handed, query, scale, start).transpose(1, 2), None
             key, value = handed.layer.columns(handed.rebuilt, handed.rebuilt)
-        function = ALL_ATTENTION_FUNCTIONS.get(self.previous) or _eager(module)
+        function = attention_function(self.previous, module)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     def _starts(self, mask: Any, query: Tensor) -> tuple[bool, Tensor | None]:
@@ -129,7 +129,3 @@ class FusedAttention:
                 if bool((allowed.sum(-1) == allowed.shape[1] - start).all()):
                     self._start = start.expand(query.shape[0]).contiguous()
         return self._start is not None, self._start
-
-
-def _eager(module: Any) -> Any:
-    return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]

@@ -1,5 +1,5 @@
 """What CSKV needs to know of an attention module."""
 
-from cskv.adapters.attention import AttentionAdapter, adapters_of
+from cskv.adapters.attention import AttentionAdapter, adapters_of, attention_function
 
-__all__ = ["AttentionAdapter", "adapters_of"]
+__all__ = ["AttentionAdapter", "adapters_of", "attention_function"]

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pared_hooks import DecoderView, UnsupportedModelError
 from torch import Tensor, nn
 
 from cskv.adapters.projections import linear_map
 from cskv.errors import UnsupportedAttentionError
-from cskv.functional import split_heads
+from cskv.functional import rotate, split_heads
 
 ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
 """Arguments of an attention's forward that CSKV reads; all but the third must exist."""
@@ -35,6 +36,8 @@ class AttentionAdapter:
     key_norm: nn.Module | None
     rope: Callable[..., tuple[Tensor, Tensor]]
     uses_rope: bool
+    has_sinks: bool
+    caps_scores: bool
 
     @property
     def width(self) -> int:
@@ -69,6 +72,14 @@ class AttentionAdapter:
         """Rotate (B, H_kv, T, D) with the model file's own function; `cos`, `sin` (B or 1, T, D_rot)."""
         # The function rotates queries and keys together: give it queries of no heads.
         return self.rope(keys[:, :0], keys, cos, sin)[1].to(keys.dtype)
+
+    def rotates_halves(self) -> bool:
+        """Whether the model file pairs channel i with i + D_rot / 2, as `functional.rotate` does; asked by trying."""
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn(1, self.num_kv_heads, 2, self.head_dim, generator=generator)
+        angles = torch.rand(1, 2, self.head_dim // 2, generator=generator).repeat(1, 1, 2)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.allclose(self.rotate_keys(keys, cos, sin), rotate(keys, cos, sin), atol=1e-5)
 
     def finish_keys(self, keys: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         """Projected keys (B, T, d_kv), bias included, to what attention uses: normalised, in heads, rotated."""
@@ -116,6 +127,8 @@ def adapters_of(model: nn.Module) -> tuple[DecoderView, list[AttentionAdapter]]:
                 rope=_rope_of(module),
                 # SmolLM3 says it per layer, as 0 or 1.
                 uses_rope=bool(getattr(module, "use_rope", True)),
+                has_sinks=getattr(module, "sinks", None) is not None,
+                caps_scores=getattr(view.config, "attn_logit_softcapping", None) is not None,
             )
         )
     return view, adapters
@@ -134,3 +147,11 @@ def _rope_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
     raise UnsupportedAttentionError(
         f"{type(module).__name__}: its model file has no apply_rotary_pos_emb; CSKV needs rotary positions"
     )
+
+
+def attention_function(implementation: str, module: nn.Module) -> Callable[..., Any]:
+    """The function that `module` attends with under this implementation's name; "eager" is that of its model file."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager: Any = sys.modules[type(module).__module__]
+    return ALL_ATTENTION_FUNCTIONS.get(implementation) or eager.eager_attention_forward
