@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from pared_hooks import ConfigError
+from pared_hooks.files import write_whole
 from torch import Tensor, nn
 
 from cskv.adapters import AttentionAdapter, adapters_of
 from cskv.capture import Batch, reading, run_batch
-from cskv.factors import write_whole
 from cskv.plan import FULL
 
 SCHEMA = "cskv.statistics/1"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from pared_hooks import ConfigError
+from pared_hooks.files import write_whole
 from torch import Tensor
 
 from cskv.config import CSKVConfig
@@ -145,7 +145,6 @@ def save(path: str | Path, config: CSKVConfig, factors: Factors) -> None:
     if not isinstance(config, CSKVConfig):
         raise ConfigError(f"config = {config!r} is not valid: a CSKVConfig", "config")
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"layers.{index}.{name}": tensor.detach().cpu().contiguous()
         for index, layer in factors.layers.items()
@@ -158,7 +157,7 @@ def save(path: str | Path, config: CSKVConfig, factors: Factors) -> None:
         "fingerprints": {str(index): list(sketch) for index, sketch in factors.fingerprints.items()},
     }
     write_whole(folder / "factors.safetensors", to_bytes(tensors))
-    write_whole(folder / "cskv.json", json.dumps(document, indent=2).encode())
+    write_whole(folder / "cskv.json", json.dumps(document, indent=2))
 
 
 def load(path: str | Path) -> tuple[CSKVConfig, Factors]:
@@ -214,13 +213,3 @@ def _matrix(value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.ndim != 2:
         raise TypeError
     return value
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` to `path` under a temporary name and rename it, so that nobody ever reads half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from pared_hooks import ConfigError
+from pared_hooks.files import write_whole
 from torch import Tensor, nn
 
 from cskv.adapters import AttentionAdapter
 from cskv.capture import Batch, reading, run_batch
 from cskv.config import CSKVConfig
-from cskv.factors import Factors, LayerFactors, check_factors, write_whole
+from cskv.factors import Factors, LayerFactors, check_factors
 from cskv.functional import fake_quantize
 from cskv.plan import LayerPlan, plan_layers
 from cskv.storage import QuantizationPlan

@@ -72,6 +72,8 @@ def search(
     device: Annotated[str, typer.Option(help="Device of the pipeline.")] = "cpu",
 ) -> None:
     """Search a policy for a pipeline: closeness to its own unaccelerated images against FLOPs."""
+    from pared_hooks.files import write_whole
+
     from dato.config import DaToConfig
     from dato.costs import unit_costs
     from dato.fidelity import FidelityEvaluator
@@ -108,7 +110,7 @@ def search(
         callback=report,
         checkpoint=checkpoint,
     )
-    _write(out, result.to_json())
+    write_whole(out, result.to_json())
     typer.echo("speed-up   PSNR")
     for _, quality, cost in result.front:
         typer.echo(f"{num_calls * costs.full / cost:7.2f}x {quality:6.2f} dB")
@@ -194,10 +196,3 @@ def _load_pipeline(name: str, device: str) -> Any:
         except (ImportError, KeyError, ValueError, FileNotFoundError):
             pass  # Not a model of the zoo: diffusers looks the name up, or says that there is none.
     return DiffusionPipeline.from_pretrained(name, use_safetensors=True).to(device)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write `path` whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

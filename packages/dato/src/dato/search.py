@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +12,7 @@ from random import Random
 from typing import Any
 
 from pared_hooks import ConfigError
+from pared_hooks.files import write_whole
 
 from dato.costs import UnitCosts
 from dato.functional import FULL, crowding_distance, nondominated_sort
@@ -197,15 +196,7 @@ class _Record:
     def _save(self, path: Path) -> None:
         evaluations = [[genome, loss, cost] for genome, (loss, cost) in self._known.items()]
         text = json.dumps({"schema": _SCHEMA, "settings": self._settings, "evaluations": evaluations})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, text)
 
 
 def _cost_function(unit_costs: UnitCosts | Callable[[Policy], float]) -> Callable[[Policy], float]:
