@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from cskv.bench.text import passkeys, reference_tokens
 from cskv.calibrate import calibrate
 from cskv.config import CSKVConfig
 from cskv.evaluate import Logits, cskv_cache, full_cache, perplexity, sequences
+from cskv.factors import Factors
 from cskv.fit import fit
 
 PREFIX, LENGTH = 128, 512
@@ -51,7 +52,13 @@ def run(context: DemoContext, *, calibration: int = 8, texts: int = 1, bits: int
     lengths = FULL_MEMORY_LENGTHS if context.full else MEMORY_LENGTHS
     # Caches are mostly kept in 16 bits; bytes are counted there, and quality is judged in full precision.
     light = copy.deepcopy(model).to(torch.bfloat16)
-    sizes = _memory(context, light, stats, quantised, train[: lengths[-1]][None], lengths)
+
+    @cache
+    def factors_of(k_density: float, v_density: float, init: Literal["svd", "whiten"]) -> Factors:
+        return fit(model, CSKVConfig(k_density=k_density, v_density=v_density, init=init), stats)
+
+    usual = factors_of(quantised.k_density, quantised.v_density, "whiten")
+    sizes = _memory(context, light, usual, quantised, train[: lengths[-1]][None], lengths)
     judged: list[tuple[str, float, float, float]] = []
 
     def judge(name: str, share: float, logits: Logits, method: Method) -> None:
@@ -65,7 +72,7 @@ def run(context: DemoContext, *, calibration: int = 8, texts: int = 1, bits: int
     arms += [(k, v, "whiten", bits) for k, v in DENSITIES]
     for k_density, v_density, init, width in context.track(arms, "judging"):
         config = CSKVConfig(k_density=k_density, v_density=v_density, init=init, k_bits=width, v_bits=width)
-        factors = fit(model, config, stats)
+        factors = factors_of(k_density, v_density, init)
         name = f"{init}, {k_density:g} / {v_density:g}" + (f", int{width}" if width else "")
         judge(name, _share(light, config), cskv_cache(model, config, factors), with_cskv(model, config, factors))
     for k_density, v_density in context.track(DENSITIES, "dropping tokens"):
@@ -103,7 +110,12 @@ def run(context: DemoContext, *, calibration: int = 8, texts: int = 1, bits: int
 
 
 def _memory(
-    context: DemoContext, model: Any, stats: Any, quantised: CSKVConfig, ids: torch.Tensor, lengths: tuple[int, ...]
+    context: DemoContext,
+    model: Any,
+    factors: Factors,
+    quantised: CSKVConfig,
+    ids: torch.Tensor,
+    lengths: tuple[int, ...],
 ) -> dict[str, list[int]]:
     """Bytes of each kind of cache while the model reads a text in chunks."""
     configs = {"full cache": None, "cskv": CSKVConfig(), f"cskv, int{quantised.k_bits}": quantised}
@@ -112,7 +124,7 @@ def _memory(
         if config is None:
             found[name] = _read(model, ids, lengths)
             continue
-        with applied(model, config, fit(model, config, stats)):
+        with applied(model, config, factors):
             found[name] = _read(model, ids, lengths)
     return found
 

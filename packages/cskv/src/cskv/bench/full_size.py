@@ -44,6 +44,20 @@ SMOLLM2 = {
 }
 
 
+def llama(shapes: dict[str, int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """A Llama of these shapes with random weights, the same every time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return LlamaForCausalLM(LlamaConfig(**shapes)).eval()
+        finally:
+            torch.set_default_dtype(default)
+
+
 @dataclass(frozen=True)
 class Setting:
     """A model's shapes, a number of cached tokens and a batch."""
@@ -67,16 +81,7 @@ class Setting:
 
     def model(self, context: BenchContext) -> Any:
         """A Llama of these shapes."""
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        with torch.random.fork_rng(), torch.device(context.device):
-            torch.manual_seed(0)
-            default = torch.get_default_dtype()
-            torch.set_default_dtype(self.dtype)
-            try:
-                return LlamaForCausalLM(LlamaConfig(**self.shapes)).eval()
-            finally:
-                torch.set_default_dtype(default)
+        return llama(self.shapes, self.dtype, context.device)
 
     def ids(self, context: BenchContext) -> torch.Tensor:
         """Random token ids (batch, tokens)."""

@@ -10,9 +10,11 @@ import sys
 from typing import Any
 
 import torch
+from pared_hooks import DecoderView
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cskv.apply import CSKVHandle, apply
+from cskv.bench.full_size import llama
 from cskv.cache import CSKVLayer
 from cskv.config import CSKVConfig
 
@@ -54,9 +56,8 @@ def _shared(one: Any) -> bool:
 @torch.no_grad()
 def fill(model: Any, cache: Any, tokens: int, dtype: torch.dtype, seed: int = 0) -> None:
     """Add `tokens` random keys and values of the model's shapes to a cache, in chunks, as prompts would."""
-    config = model.config.get_text_config()
-    heads = config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    view = DecoderView.of(model)
+    heads, head_dim = view.num_key_value_heads, view.head_dim
     generator = torch.Generator().manual_seed(seed)
     past = cache.get_seq_length()
     for begin in range(past, past + tokens, CHUNK):
@@ -65,7 +66,7 @@ def fill(model: Any, cache: Any, tokens: int, dtype: torch.dtype, seed: int = 0)
         cos, sin = (torch.cat((one, one), -1).to(dtype) for one in (angle.cos(), angle.sin()))
         for index, layer in enumerate(cache.layers):
             if isinstance(layer, CSKVLayer):
-                hidden = torch.randn(1, count, config.hidden_size, generator=generator).to(dtype)
+                hidden = torch.randn(1, count, view.hidden_size, generator=generator).to(dtype)
                 mask = torch.ones(1, 1, count, begin + count, dtype=torch.bool)
                 layer.stage(hidden, cos, sin, mask, "sdpa")
             keys, values = (torch.randn(1, heads, count, head_dim, generator=generator).to(dtype) for _ in range(2))
@@ -82,12 +83,12 @@ def cache_of(model: Any, config: CSKVConfig | None) -> tuple[Any, CSKVHandle | N
     return handle.new_cache(), handle
 
 
-def resident_bytes(model_config: dict[str, Any], config: CSKVConfig | None, tokens: int) -> int:
+def resident_bytes(shapes: dict[str, int], config: CSKVConfig | None, tokens: int) -> int:
     """Growth of the resident memory of a fresh process when it fills such a cache in bfloat16; Linux alone.
 
     Raises RuntimeError with the process's own words when it fails.
     """
-    task = {"model": model_config, "config": None if config is None else config.to_dict(), "tokens": tokens}
+    task = {"shapes": shapes, "config": None if config is None else config.to_dict(), "tokens": tokens}
     result = subprocess.run(
         [sys.executable, "-m", "cskv.bench.memory"], input=json.dumps(task), capture_output=True, text=True, check=False
     )
@@ -105,13 +106,8 @@ def _resident() -> int:
 
 
 def _main() -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     task = json.loads(sys.stdin.read())
-    kind = task["model"].pop("model_type")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **task["model"])).to(torch.bfloat16)
+    model = llama(task["shapes"], torch.bfloat16)
     config = None if task["config"] is None else CSKVConfig.from_dict(task["config"])
     warm, _keep = cache_of(model, config)
     # As long as what is measured: libraries keep scratch memory of the largest product they have seen.

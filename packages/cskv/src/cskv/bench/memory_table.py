@@ -10,21 +10,13 @@ import torch
 from pared_bench import BenchContext, Record
 
 from cskv.bench import peers
+from cskv.bench.full_size import SMOLLM2, llama
 from cskv.bench.memory import cache_of, fill, resident_bytes, tensor_bytes
 from cskv.config import CSKVConfig
 
 LENGTHS = (1024, 2048, 4096, 8192)
 RESIDENT_LENGTH = 4096
-SHAPES = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 64,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 64,
-    "max_position_embeddings": 8192,
-}
+SHAPES = SMOLLM2 | {"intermediate_size": 64, "vocab_size": 64}
 """Attention of SmolLM2-135M; what is not cached is small."""
 
 VARIANTS: dict[str, CSKVConfig | None] = {
@@ -38,20 +30,9 @@ VARIANTS: dict[str, CSKVConfig | None] = {
 }
 
 
-def shapes_model() -> Any:
-    """A bfloat16 model with the attention of SmolLM2 and random weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    options = {name: value for name, value in SHAPES.items() if name != "model_type"}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(SHAPES["model_type"], **options)
-        return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
-
-
 def run(context: BenchContext) -> list[Record]:
     """Bytes by length, with the ratio to the full cache; growth of a fresh process at one length, on Linux."""
-    model, records = shapes_model(), []
+    model, records = llama(SHAPES, torch.bfloat16), []
     settings = {"experiment": "memory", "shapes": "SmolLM2-135M", "dtype": "bfloat16", "weights": "random"}
     full: dict[int, int] = {}
     missing = peers.missing_peers()

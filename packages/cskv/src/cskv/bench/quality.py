@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from pared_bench import BenchContext, Record
 from torch import Tensor
@@ -25,6 +25,7 @@ PREFIX = 256
 LENGTH = 768
 CALIBRATION_LENGTH = 1024
 PASSKEY_LENGTH = 1000
+INITS: tuple[Literal["svd", "asvd", "whiten"], ...] = ("svd", "asvd", "whiten")
 RANKS = ((96, 96), (48, 96), (36, 36), (24, 48), (96, 48))
 BASE = CSKVConfig(k_rank=48, v_rank=96)
 QAT_STEPS = 80
@@ -74,7 +75,9 @@ def run(context: BenchContext, study: Study) -> list[Record]:
     """The table of section 10 with its baselines."""
     records = []
     settings = study.settings("quality")
-    arms = list(_arms(study))
+    configs = [BASE.replace(k_rank=k_rank, v_rank=v_rank, init=init) for k_rank, v_rank in RANKS for init in INITS]
+    fitted = {config: fit(study.model, config, study.stats) for config in configs}
+    arms = list(_arms(study, fitted))
     for arm in context.track(arms, "judging"):
         variant = {**settings, **arm.settings}
         found = perplexity(arm.logits, study.texts, PREFIX)
@@ -84,13 +87,11 @@ def run(context: BenchContext, study: Study) -> list[Record]:
             for metric, value in zip(("passkey", "passkey tokens"), keys, strict=True):
                 records.append(Record("cskv", arm.name, metric, value, "", variant))
     texts = [read(study.model, ids) for ids in study.texts]
-    for init in ("svd", "asvd", "whiten"):
-        for k_rank, v_rank in RANKS:
-            config = BASE.replace(k_rank=k_rank, v_rank=v_rank, init=init)
-            errors = relative_errors(study.model, config, fit(study.model, config, study.stats), texts)
-            for side, error in zip("KV", errors, strict=True):
-                variant = {**settings, "k_rank": k_rank, "v_rank": v_rank}
-                records.append(Record("cskv", init, f"relative error of {side}", error, "", variant))
+    for config, factors in fitted.items():
+        errors = relative_errors(study.model, config, factors, texts)
+        variant = {**settings, "k_rank": config.k_rank, "v_rank": config.v_rank}
+        for side, error in zip("KV", errors, strict=True):
+            records.append(Record("cskv", config.init, f"relative error of {side}", error, "", variant))
     return records
 
 
@@ -104,22 +105,17 @@ class Arm:
     settings: dict[str, Any]
 
 
-def _arms(study: Study) -> Iterator[Arm]:
-    model, stats = study.model, study.stats
+def _arms(study: Study, fitted: dict[CSKVConfig, Factors]) -> Iterator[Arm]:
+    model = study.model
 
     def cskv(name: str, config: CSKVConfig, factors: Factors, **settings: Any) -> Arm:
         settings = {"window": config.window, **settings}
         return Arm(name, cskv_cache(model, config, factors), with_cskv(model, config, factors), settings)
 
     yield Arm("full cache", full_cache(model), plainly(lambda model, prompt: prompt.fill(peers.full(model))), {})
-    whitened: dict[tuple[int, int], Factors] = {}
-    for k_rank, v_rank in RANKS:
-        for init in ("svd", "asvd", "whiten"):
-            config = BASE.replace(k_rank=k_rank, v_rank=v_rank, init=init)
-            factors = fit(model, config, stats)
-            if init == "whiten":
-                whitened[k_rank, v_rank] = factors
-            yield cskv(init, config, factors, k_rank=k_rank, v_rank=v_rank)
+    for config, factors in fitted.items():
+        yield cskv(config.init, config, factors, k_rank=config.k_rank, v_rank=config.v_rank)
+    whitened = {(one.k_rank, one.v_rank): factors for one, factors in fitted.items() if one.init == "whiten"}
     for bits, zero_point in ((4, "affine"), (4, "clamped"), (2, "affine")):
         for ranks in ((96, 96), (48, 96), (36, 36)):
             config = BASE.replace(k_rank=ranks[0], v_rank=ranks[1], k_bits=bits, v_bits=bits, zero_point=zero_point)
