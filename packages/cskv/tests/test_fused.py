@@ -28,7 +28,7 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
-    """Fused decoding on the CPU, where `apply` does not offer it; the operators run without their kernels there."""
+    """The path of a GPU, on the CPU: `apply` chooses it, and the operators run without their kernels."""
     monkeypatch.setattr("cskv.backend.missing_device", lambda model: None)
 
 

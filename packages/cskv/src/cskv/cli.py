@@ -1,4 +1,4 @@
-"""`cskv` and `pared cskv`: calibrate, fit, finetune, eval, bench. torch loads when a command needs it."""
+"""`cskv` and `pared cskv`: calibrate, fit, finetune, eval, bench."""
 
 from __future__ import annotations
 

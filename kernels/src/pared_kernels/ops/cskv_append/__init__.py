@@ -27,7 +27,7 @@ def cskv_append(
     *,
     rotary: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """Write A x, the exact key and value, and the rotary row of one token where they belong (CSKV, section 3.2).
+    """Write A x, the exact key and value, and the rotary row of one token where they belong (CSKV, section 3.4).
 
     What is written are rows of a cache, views of its tensors at the token's place, with any strides.
 

@@ -56,7 +56,7 @@ def cskv_decode(
     v_quantized: QuantizedLatents | None = None,
     clamped: bool = False,
 ) -> Tensor:
-    """Attend to rebuilt old tokens and exact recent ones (CSKV, arXiv 2409.10593, sections 3.2 and 3.3).
+    """Attend to rebuilt old tokens and exact recent ones (CSKV, arXiv 2409.10593, sections 3.4 and 3.6).
 
     The key of an old token is rope(B_K c_K + bias_k); its value B_V c_V + bias_v is never built: one query needs only
     o_h = B_V,h (sum_t p_t c_t). Where latents are quantised, the first tokens lie in `*_quantized` and those behind

@@ -25,7 +25,7 @@ def cskv_quant_flush(
     per_token: bool,
     clamped: bool = False,
 ) -> None:
-    """Quantise latents and write them where they belong (CSKV, arXiv 2409.10593, section 3.3; KIVI's grouping).
+    """Quantise latents and write them where they belong (CSKV, arXiv 2409.10593, section 3.5; KIVI's grouping).
 
     With n = 2^bits - 1 and, over a group, step = max(max - min, 1e-5) / n, a code is round((x - min) / step): x is
     code * scale + offset, where `offset` is the minimum. `clamped` is the published code's rule: the offset is the

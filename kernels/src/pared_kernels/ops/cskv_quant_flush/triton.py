@@ -83,12 +83,11 @@ def over_tokens_kernel(
     x = tl.load(rows + channel[None, :, :] * stride_channel, mask, other=0.0).to(tl.float32)
     low = tl.min(tl.where(mask, x, float("inf")), axis=0)
     high = tl.max(tl.where(mask, x, float("-inf")), axis=0)
-    # Channels that do not exist have no extremes.
+    # Channels that do not exist have no extremes; as groups of zeros their codes are 0.
     low = tl.where(is_channel, low, 0.0)
     high = tl.where(is_channel, high, 0.0)
     scale, offset = group_parameters(low, high, LEVELS, CLAMPED)
     code = codes_of(x, scale[None, :, :], offset[None, :, :], LEVELS, CLAMPED)
-    code = tl.where(is_channel[None, :, :], code, 0)
     packed = tl.sum(code << (part * BITS)[None, None, :], axis=2).to(tl.uint8)
     at = sample * stride_codes_batch + token[:, None] * stride_codes_token + byte[None, :]
     tl.store(codes_ptr + at, packed, is_token[:, None] & (byte * PER_BYTE < CHANNELS)[None, :])
@@ -129,6 +128,7 @@ def over_channels_kernel(
     is_channel = channel < CHANNELS
     row = latents_ptr + sample * stride_batch + token * stride_token
     x = tl.load(row + channel * stride_channel, is_channel, other=0.0).to(tl.float32)
+    # Channels that do not exist keep these, and the code 0.
     scale = tl.zeros_like(x) + 1.0
     offset = tl.zeros_like(x)
     # A byte may hold channels of two groups: every group is reduced over the whole row.
@@ -143,7 +143,7 @@ def over_channels_kernel(
         tl.store(scale_ptr + at, own_scale.to(tl.float16))
         at = sample * stride_offset_batch + token * stride_offset_group + group
         tl.store(offset_ptr + at, own_offset.to(tl.float16))
-    code = tl.where(is_channel, codes_of(x, scale, offset, LEVELS, CLAMPED), 0)
+    code = codes_of(x, scale, offset, LEVELS, CLAMPED)
     packed = tl.sum(code << (part * BITS)[None, :], axis=1).to(tl.uint8)
     at = sample * stride_codes_batch + token * stride_codes_token + byte
     tl.store(codes_ptr + at, packed, byte * PER_BYTE < CHANNELS)
