@@ -10,6 +10,7 @@ from pared_zoo.recipes.base import Batch, Recipe, Schedule, Track
 RECIPES: dict[str, tuple[str, str]] = {
     "vae-world": ("pared_zoo.recipes.vae_world", "VaeWorld"),
     "sd-world": ("pared_zoo.recipes.sd_world", "SdWorld"),
+    "vlm-world": ("pared_zoo.recipes.vlm_world", "VlmWorld"),
 }
 
 __all__ = ["RECIPES", "Batch", "Recipe", "Schedule", "Track", "recipe"]

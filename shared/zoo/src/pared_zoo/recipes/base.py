@@ -41,6 +41,8 @@ class Recipe(ABC):
     """
 
     name: ClassVar[str]
+    #: The library whose class the model is of.
+    library: ClassVar[str] = "diffusers"
     schedules: ClassVar[dict[str, Schedule]]
 
     def __init__(self, size: str = "small", seed: int = 0) -> None:

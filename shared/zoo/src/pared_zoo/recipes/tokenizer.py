@@ -35,19 +35,18 @@ def world_tokenizer(max_length: int) -> Any:
     from transformers import CLIPTokenizer
 
     letters = [chr(c) for c in range(ord("!"), ord("~") + 1) if not chr(c).isupper()]
-    merges = byte_pair_merges(world_words())
+    merges = byte_pair_merges([[*word[:-1], word[-1] + WORD_END] for word in world_words()])
     tokens = [START, END, *letters, *(letter + WORD_END for letter in letters), *(a + b for a, b in merges)]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length, pad_token=END)
 
 
-def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges after which each word is one token.
+def byte_pair_merges(pieces: list[list[str]]) -> list[tuple[str, str]]:
+    """Byte-pair merges after which each word, given as the list of its letters, is one token.
 
     Ties go to the alphabetically first pair: the ids must not differ between processes, and those of the
     ``tokenizers`` trainer do.
     """
-    pieces = [[*word[:-1], word[-1] + WORD_END] for word in words]
     merges: list[tuple[str, str]] = []
     while counts := Counter(pair for piece in pieces for pair in pairwise(piece)):
         best = min(counts, key=lambda pair: (-counts[pair], pair))

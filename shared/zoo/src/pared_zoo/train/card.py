@@ -23,7 +23,7 @@ def write_card(folder: Path, recipe: Recipe) -> Path:
     lines = [
         "---",
         "license: apache-2.0",
-        "library_name: diffusers",
+        f"library_name: {recipe.library}",
         "---",
         f"# {recipe.name}",
         "",

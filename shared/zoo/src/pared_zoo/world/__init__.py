@@ -6,6 +6,7 @@ from pared_zoo.world.clip import CLIP_KINDS, Clip, ClipDistribution, iter_clips,
 from pared_zoo.world.clip_caption import clip_caption
 from pared_zoo.world.detector import DetectedObject, Detection, detect
 from pared_zoo.world.motion import DIRECTIONS, SPEEDS, Move, Program
+from pared_zoo.world.noise import camera_noise
 from pared_zoo.world.question import Question, questions
 from pared_zoo.world.render import render
 from pared_zoo.world.scene import Object, Scene, SceneDistribution, iter_scenes, sample_scenes
@@ -33,6 +34,7 @@ __all__ = [
     "Scene",
     "SceneDistribution",
     "attribute_accuracy",
+    "camera_noise",
     "caption",
     "clip_caption",
     "detect",

@@ -1,0 +1,123 @@
+"""What a vision-language model can be asked about every place of every frame while it learns to see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy, smooth_l1_loss
+
+from pared_zoo.world import Clip
+from pared_zoo.world.attributes import BACKGROUNDS, COLORS, SHAPES, SIZES, TEXTURES
+from pared_zoo.world.motion import DIRECTIONS, SPEEDS
+
+#: A frame's tokens form a square grid of this side; an object belongs to the cell that its centre is in.
+GRID = 4
+#: What one frame shows in a cell, and how many answers there are.
+LOOKS: dict[str, int] = {
+    "object": 2,
+    "background": len(BACKGROUNDS),
+    "shape": len(SHAPES),
+    "color": len(COLORS),
+    "size": len(SIZES),
+    "texture": len(TEXTURES),
+}
+#: Where in its cell an object's centre is: x and y from -1 to 1.
+OFFSETS = 2
+#: What frames up to this one tell of the object in a cell: which way it goes now and went first (or not at all), how
+#: fast it goes, whether it was there from the first frame on, which colour it had before (or none).
+MOTIONS: dict[str, int] = {
+    "way": 1 + len(DIRECTIONS),
+    "first_way": 1 + len(DIRECTIONS),
+    "pace": 1 + len(SPEEDS),
+    "entered": 2,
+    "was": 1 + len(COLORS),
+}
+#: Way within the whole clip above which a speed is called quick; nothing moves at a speed near it.
+_QUICK = 0.35
+NOTHING = -100
+
+
+def cells(clips: Sequence[Clip]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Right answers for every cell of clips of equal length.
+
+    Returns:
+        looks, int64 (clips, frames, GRID * GRID, len(LOOKS)); offsets, float32 (clips, frames, GRID * GRID, 2);
+        motions, int64 (clips, frames, GRID * GRID, len(MOTIONS)). ``NOTHING`` stands where there is no object.
+    """
+    shape = (len(clips), clips[0].frames, GRID * GRID)
+    looks = np.full((*shape, len(LOOKS)), NOTHING)
+    motions = np.full((*shape, len(MOTIONS)), NOTHING)
+    offsets = np.zeros((*shape, OFFSETS), dtype=np.float32)
+    looks[..., 0] = 0
+    for i, clip in enumerate(clips):
+        looks[i, ..., 1] = list(BACKGROUNDS).index(clip.background)
+        centres, visible = clip.centres, clip.visible
+        for k in reversed(range(len(clip.objects))):
+            frames = np.flatnonzero(visible[:, k])
+            at = np.clip(centres[frames, k] * GRID, 0, GRID - 1e-6)
+            cell = at.astype(int) @ (1, GRID)
+            color, told = _colors(clip, k), _told(clip, k, centres[:, k], visible[:, k])
+            o = clip.objects[k]
+            words = (SHAPES.index(o.shape), list(SIZES).index(o.size), TEXTURES.index(o.texture))
+            looks[i, frames, cell, 0] = 1
+            looks[i, frames, cell, 2] = words[0]
+            looks[i, frames, cell, 3] = color[frames]
+            looks[i, frames, cell, 4:] = words[1:]
+            offsets[i, frames, cell] = 2 * (at % 1) - 1
+            motions[i, frames, cell] = told[frames]
+    return torch.from_numpy(looks), torch.from_numpy(offsets), torch.from_numpy(motions)
+
+
+def _colors(clip: Clip, k: int) -> np.ndarray:
+    names, recolor = list(COLORS), clip.programs[k].recolor
+    color = np.full(clip.frames, names.index(clip.objects[k].color))
+    if recolor is not None:
+        color[recolor[0] :] = names.index(recolor[1])
+    return color
+
+
+def _told(clip: Clip, k: int, track: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Answers to ``MOTIONS``, (frames, len(MOTIONS)); of the first frame nothing is asked."""
+    step = np.diff(track, axis=0, prepend=track[:1])
+    length = np.abs(step).max(axis=1)
+    moving = length > 1e-9
+    sideways = np.abs(step[:, 0]) > np.abs(step[:, 1])
+    # 1 left, 2 right, 3 up, 4 down: the order of DIRECTIONS.
+    way = np.where(sideways, 1 + (step[:, 0] > 0), 3 + (step[:, 1] > 0)) * moving
+    first = way[moving.argmax()] * (np.cumsum(moving) > 0)
+    pace = moving * np.where(length * (clip.frames - 1) < _QUICK, 1, 2)
+    entered = np.full(clip.frames, not visible[0])
+    original = 1 + list(COLORS).index(clip.objects[k].color)
+    was = np.where(_colors(clip, k) == original - 1, 0, original)
+    told = np.stack([way, first, pace, entered, was], axis=1).astype(int)
+    told[0] = NOTHING
+    return told
+
+
+def look_loss(
+    guesses: torch.Tensor, looks: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of ``(..., sum(LOOKS) + OFFSETS)`` guesses, and the share of right attributes of objects."""
+    *words, place = guesses.float().flatten(0, -2).split([*LOOKS.values(), OFFSETS], dim=-1)
+    wanted, there = looks.flatten(0, -2), (looks[..., 0] == 1).flatten()
+    terms = [_entropy(guess, wanted[:, k]) for k, guess in enumerate(words)]
+    terms.append(smooth_l1_loss(place[there], offsets.flatten(0, -2)[there], beta=0.2))
+    right = torch.stack([guess[there].argmax(-1) == wanted[there, k] for k, guess in enumerate(words) if k > 1])
+    return torch.stack(terms).sum(), right.float().mean()
+
+
+def motion_loss(guesses: torch.Tensor, motions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of ``(..., sum(MOTIONS))`` guesses, and the share of moving objects whose way is told right."""
+    told = guesses.float().flatten(0, -2).split(list(MOTIONS.values()), dim=-1)
+    wanted = motions.flatten(0, -2)
+    terms = [_entropy(guess, wanted[:, k]) for k, guess in enumerate(told)]
+    moving = wanted[:, 0] > 0
+    right = (told[0][moving].argmax(-1) == wanted[moving, 0]).float()
+    return torch.stack(terms).sum(), right.sum() / moving.sum().clamp(min=1)
+
+
+def _entropy(guess: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    count = (wanted != NOTHING).sum().clamp(min=1)
+    return cross_entropy(guess, wanted, ignore_index=NOTHING, reduction="sum") / count

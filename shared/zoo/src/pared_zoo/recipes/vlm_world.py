@@ -1,0 +1,251 @@
+"""``vlm-world``: a ``LlavaOnevisionForConditionalGeneration`` that answers questions about clips of the world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+
+from pared_zoo.recipes.base import Batch, Recipe, Schedule, Track
+from pared_zoo.recipes.chat import END, IMAGE, PAD, VIDEO, chat_processor, chat_tokenizer
+from pared_zoo.recipes.sight import GRID, LOOKS, MOTIONS, OFFSETS, cells, look_loss, motion_loss
+from pared_zoo.recipes.turns import IGNORED, Turns, right_answers, turn_mask
+from pared_zoo.world import (
+    Clip,
+    ClipDistribution,
+    Program,
+    Question,
+    Scene,
+    camera_noise,
+    questions,
+    render_clips,
+    sample_clips,
+    sample_scenes,
+)
+
+SIDE, PATCH = 64, 8
+#: Tokens of one frame: neighbouring patches are pooled two by two.
+FRAME_TOKENS = (SIDE // PATCH // 2) ** 2
+#: The layer of the text model whose output at the tokens of a clip has to tell how things moved.
+MOTION_LAYER = 4
+#: How much those answers count beside the questions, and how much what single frames show.
+MOTION_WEIGHT, LOOK_WEIGHT = 0.2, 0.1
+#: Size -> (width, layers, heads) of the vision tower, (width, layers, heads, key-value heads, inner width) of the text.
+ARCHITECTURE: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "small": ((96, 4, 3), (192, 8, 6, 2, 512)),
+    "base": ((192, 6, 6), (320, 10, 10, 2, 864)),
+}
+#: What clips are drawn from in training: kinds that alone can be asked some questions are drawn more often.
+CLIPS = ClipDistribution({**ClipDistribution().kinds, "order": 2.0, "flash": 2.0, "pair": 1.5, "recolor": 1.5})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training.
+
+    Attributes:
+        until: share of the steps at which it ends.
+        frames: length of its clips; 1 for pictures.
+        subjects: clips or pictures in the place of one sample of the schedule's batch.
+        asked: questions about each.
+        sees: whether the vision tower is trained.
+    """
+
+    until: float
+    frames: int
+    subjects: int
+    asked: int
+    sees: bool
+
+
+#: Naming what is where in pictures; answering about pictures; about short clips; about clips of the full length.
+STAGES = (
+    Stage(until=0.06, frames=1, subjects=32, asked=0, sees=True),
+    Stage(until=0.24, frames=1, subjects=4, asked=8, sees=True),
+    Stage(until=0.44, frames=8, subjects=1, asked=10, sees=False),
+    Stage(until=1.0, frames=16, subjects=1, asked=10, sees=False),
+)
+
+
+class Pupil(torch.nn.Module):
+    """The model, and heads that read from its tokens what is where and how it moved; they are thrown away."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        width = model.config.text_config.hidden_size
+        self.model = model
+        self.look = torch.nn.Linear(width, sum(LOOKS.values()) + OFFSETS)
+        self.motion = torch.nn.Linear(width, sum(MOTIONS.values()))
+
+    def see(self, pixels: torch.Tensor, trained: bool = True) -> torch.Tensor:
+        """Tokens (clips, frames, FRAME_TOKENS, width) of pixels (clips, frames, 3, SIDE, SIDE) in -1 to 1.
+
+        ``trained`` is whether the vision tower gets a gradient; the projector always does.
+        """
+        inner = self.model.model
+        with _attention(SDPBackend.MATH, pixels), torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            patches = inner.vision_tower(pixels.flatten(0, 1)).last_hidden_state
+        return inner.apply_pooling(inner.multi_modal_projector(patches)).unflatten(0, pixels.shape[:2])
+
+    def answer(self, tokens: torch.Tensor, opening: Sequence[int], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits at the tokens of ``batch``, and the outputs of ``MOTION_LAYER`` at the clip's tokens, as ``see``."""
+        inner, embed = self.model.model, self.model.get_input_embeddings()
+        rows = len(tokens)
+        begin = embed(torch.tensor(opening, device=tokens.device)).expand(rows, -1, -1)
+        newline = inner.image_newline.expand(rows, 1, -1)
+        parts = [begin, tokens.flatten(1, 2), newline, embed(batch["ids"])]
+        embeddings = torch.cat([part.float() for part in parts], dim=1)
+        prefix = embeddings.shape[1] - batch["ids"].shape[1]
+        before = torch.arange(prefix, device=tokens.device).expand(rows, -1)
+        with _attention(SDPBackend.FLASH_ATTENTION if tokens.shape[1] > 1 else SDPBackend.MATH, tokens):
+            out = inner.language_model(
+                inputs_embeds=embeddings,
+                attention_mask=turn_mask(batch["turns"], prefix),
+                position_ids=torch.cat([before, prefix + batch["offsets"]], dim=1),
+                output_hidden_states=True,
+                use_cache=False,
+            )
+        told = out.hidden_states[MOTION_LAYER][:, len(opening) : prefix - 1]
+        return self.model.lm_head(out.last_hidden_state[:, prefix:]), told.unflatten(1, tokens.shape[1:3])
+
+
+class VlmWorld(Recipe):
+    """Cross-entropy over the answers to several questions about each clip, none of which sees another.
+
+    Before, the vision tower learns to tell what is where in pictures, and then answers about pictures and short clips
+    are learnt; linear heads, thrown away afterwards, read what is where and how it moved from the tokens.
+    """
+
+    name = "vlm-world"
+    library = "transformers"
+    schedules: ClassVar = {
+        "small": Schedule(steps=9000, batch_size=8, learning_rate=1.5e-3, warmup=200),
+        "base": Schedule(steps=40_000, batch_size=64, learning_rate=8e-4, warmup=500, ema_decay=0.9995),
+    }
+
+    def build(self) -> torch.nn.Module:
+        from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+        torch.manual_seed(self.seed_of(0))
+        seen, text = ARCHITECTURE[self.size]
+        tokenizer = chat_tokenizer()
+        special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        config = LlavaOnevisionConfig(
+            vision_config={
+                "model_type": "siglip_vision_model",
+                "hidden_size": seen[0],
+                "intermediate_size": 4 * seen[0],
+                "num_hidden_layers": seen[1],
+                "num_attention_heads": seen[2],
+                "image_size": SIDE,
+                "patch_size": PATCH,
+                "vision_use_head": False,
+            },
+            text_config={
+                "model_type": "qwen2",
+                "vocab_size": len(tokenizer),
+                "hidden_size": text[0],
+                "num_hidden_layers": text[1],
+                "num_attention_heads": text[2],
+                "num_key_value_heads": text[3],
+                "intermediate_size": text[4],
+                "max_position_embeddings": 2048,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+                "tie_word_embeddings": True,
+                "bos_token_id": None,
+                **special,
+            },
+            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+            video_token_index=tokenizer.convert_tokens_to_ids(VIDEO),
+            image_grid_pinpoints=[[SIDE, SIDE]],
+            tie_word_embeddings=True,
+        )
+        model = LlavaOnevisionForConditionalGeneration(config)
+        model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(END)
+        model.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids(PAD)
+        return Pupil(model)
+
+    def prepare(self, folder: Path, device: torch.device, track: Track) -> None:
+        self._turns = Turns(chat_tokenizer())
+
+    def stage(self, step: int) -> Stage:
+        """The stage that ``step`` belongs to."""
+        return next((s for s in STAGES if step < s.until * self.schedule.steps), STAGES[-1])
+
+    def batch(self, step: int, rank: int, size: int) -> Batch:
+        stage, seed = self.stage(step), self.seed_of(2, step, rank)
+        count = size * stage.subjects
+        if stage.frames == 1:
+            scenes = sample_scenes(count, seed)
+            asked = [questions(scene, seed + i, stage.asked) for i, scene in enumerate(scenes)]
+            clips = [picture(scene) for scene in scenes]
+        else:
+            clips = sample_clips(count, seed, stage.frames, CLIPS)
+            asked = [questions(clip, seed + i, stage.asked) for i, clip in enumerate(clips)]
+        looks, offsets, motions = cells(clips)
+        batch = {"pixels": noisy_pixels(clips, seed), "looks": looks, "places": offsets, "motions": motions}
+        return batch | self._turns.pack(asked) | {"sees": torch.tensor(stage.sees)}
+
+    def loss(self, module: torch.nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        sees, asked = bool(batch["sees"]), batch["ids"].shape[1] > 0
+        tokens = module.see(to_pixels(batch["pixels"]), trained=sees)
+        unknown = torch.tensor(torch.nan, device=tokens.device)
+        terms = dict.fromkeys(("answer", "right", "look", "seen", "motion", "followed"), unknown)
+        # Parameters without a gradient would stop processes that average gradients: all take part, some with none.
+        terms["loss"] = 0 * torch.stack([p.sum() for p in module.parameters()]).sum()
+        if sees:
+            terms["look"], terms["seen"] = look_loss(module.look(tokens), batch["looks"], batch["places"])
+            terms["loss"] = terms["loss"] + (LOOK_WEIGHT if asked else 1.0) * terms["look"]
+        if asked:
+            logits, told = module.answer(tokens, self._turns.opening, batch)
+            labels, right = batch["labels"], right_answers(logits, batch["labels"], batch["turns"])
+            total = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+            terms["answer"], terms["right"] = total / right.isfinite().sum(), right.nanmean()
+            terms["loss"] = terms["loss"] + terms["answer"]
+            if tokens.shape[1] > 1:
+                terms["motion"], terms["followed"] = motion_loss(module.motion(told), batch["motions"])
+                terms["loss"] = terms["loss"] + MOTION_WEIGHT * terms["motion"]
+        return terms
+
+    def save(self, module: torch.nn.Module, folder: Path) -> None:
+        module.model.half().save_pretrained(folder)
+        chat_processor(SIDE, (SIDE // PATCH) ** 2).save_pretrained(folder)
+
+    @staticmethod
+    def load(folder: Path) -> Any:
+        from transformers import LlavaOnevisionForConditionalGeneration
+
+        return LlavaOnevisionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def evaluate(self, folder: Path, device: torch.device, track: Track) -> dict[str, float]:
+        from pared_zoo.recipes.exam import examine
+
+        return examine(self.load(folder).to(device), track)
+
+
+def picture(scene: Scene) -> Clip:
+    """A scene as a clip of one frame."""
+    return Clip(scene.objects, (Program(),) * len(scene.objects), scene.background, "still", 1)
+
+
+def noisy_pixels(clips: Sequence[Clip], seed: int) -> torch.Tensor:
+    """Frames as a camera sees them: uint8 (clips, frames, 3, SIDE, SIDE)."""
+    frames = camera_noise(render_clips(clips, SIDE), seed)
+    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 1, 4, 2, 3)))
+
+
+def to_pixels(frames: torch.Tensor) -> torch.Tensor:
+    """What the processor makes of uint8 frames of the right size: float32 in -1 to 1."""
+    return frames.float() / 127.5 - 1
+
+
+def _attention(backend: SDPBackend, like: torch.Tensor) -> AbstractContextManager[Any]:
+    """On a CPU plain products are faster for the few patches of a frame, and fused attention is for long sequences."""
+    return sdpa_kernel(backend) if like.device.type == "cpu" else nullcontext()
