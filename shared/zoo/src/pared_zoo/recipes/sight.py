@@ -39,6 +39,11 @@ _QUICK = 0.35
 NOTHING = -100
 
 
+def look_words() -> list[str]:
+    """Words of all answers to ``LOOKS`` but the first, in their order, each as it stands within a text."""
+    return [f" {word}" for words in (BACKGROUNDS, SHAPES, COLORS, SIZES, TEXTURES) for word in words]
+
+
 def cells(clips: Sequence[Clip]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Right answers for every cell of clips of equal length.
 
@@ -96,9 +101,7 @@ def _told(clip: Clip, k: int, track: np.ndarray, visible: np.ndarray) -> np.ndar
     return told
 
 
-def look_loss(
-    guesses: torch.Tensor, looks: torch.Tensor, offsets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def look_loss(guesses: torch.Tensor, looks: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of ``(..., sum(LOOKS) + OFFSETS)`` guesses, and the share of right attributes of objects."""
     *words, place = guesses.float().flatten(0, -2).split([*LOOKS.values(), OFFSETS], dim=-1)
     wanted, there = looks.flatten(0, -2), (looks[..., 0] == 1).flatten()

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from pared_zoo.recipes.base import Batch, Recipe, Schedule, Track
 from pared_zoo.recipes.chat import END, IMAGE, PAD, VIDEO, chat_processor, chat_tokenizer
-from pared_zoo.recipes.sight import GRID, LOOKS, MOTIONS, OFFSETS, cells, look_loss, motion_loss
+from pared_zoo.recipes.sight import LOOKS, MOTIONS, OFFSETS, cells, look_loss, look_words, motion_loss
 from pared_zoo.recipes.turns import IGNORED, Turns, right_answers, turn_mask
 from pared_zoo.world import (
     Clip,
@@ -23,6 +23,7 @@ from pared_zoo.world import (
     Program,
     Question,
     Scene,
+    SceneDistribution,
     camera_noise,
     questions,
     render_clips,
@@ -36,7 +37,7 @@ FRAME_TOKENS = (SIDE // PATCH // 2) ** 2
 #: The layer of the text model whose output at the tokens of a clip has to tell how things moved.
 MOTION_LAYER = 4
 #: How much those answers count beside the questions, and how much what single frames show.
-MOTION_WEIGHT, LOOK_WEIGHT = 0.2, 0.1
+MOTION_WEIGHT, LOOK_WEIGHT = 0.2, 0.3
 #: Size -> (width, layers, heads) of the vision tower, (width, layers, heads, key-value heads, inner width) of the text.
 ARCHITECTURE: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "small": ((96, 4, 3), (192, 8, 6, 2, 512)),
@@ -54,35 +55,54 @@ class Stage:
         until: share of the steps at which it ends.
         frames: length of its clips; 1 for pictures.
         subjects: clips or pictures in the place of one sample of the schedule's batch.
-        asked: questions about each.
+        talked: how many of them are asked about.
+        asked: questions about each of those.
         sees: whether the vision tower is trained.
+        objects: most objects in a picture; clips have up to three.
     """
 
     until: float
     frames: int
     subjects: int
+    talked: int
     asked: int
     sees: bool
+    objects: int = 3
 
 
-#: Naming what is where in pictures; answering about pictures; about short clips; about clips of the full length.
+#: Naming what is where in pictures, and answering about some; answering about more objects; about short clips; about clips
+#: of the full length.
 STAGES = (
-    Stage(until=0.06, frames=1, subjects=32, asked=0, sees=True),
-    Stage(until=0.24, frames=1, subjects=4, asked=8, sees=True),
-    Stage(until=0.44, frames=8, subjects=1, asked=10, sees=False),
-    Stage(until=1.0, frames=16, subjects=1, asked=10, sees=False),
+    Stage(until=0.117, frames=1, subjects=16, talked=4, asked=8, sees=True, objects=2),
+    Stage(until=0.23, frames=1, subjects=8, talked=4, asked=8, sees=True, objects=3),
+    Stage(until=0.5, frames=8, subjects=1, talked=1, asked=10, sees=True),
+    Stage(until=1.0, frames=16, subjects=1, talked=1, asked=10, sees=False),
 )
 
 
 class Pupil(torch.nn.Module):
-    """The model, and heads that read from its tokens what is where and how it moved; they are thrown away."""
+    """The model, and heads that read from its tokens what is where and how it moved; they are thrown away.
+
+    What is where has to be told in the text model's own words: a token's logit for "red" is its product with the
+    embedding of "red", so that vision and text meet in one space before the text model learns to look things up.
+    """
+
+    words: torch.Tensor
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         width = model.config.text_config.hidden_size
         self.model = model
-        self.look = torch.nn.Linear(width, sum(LOOKS.values()) + OFFSETS)
+        self.place = torch.nn.Linear(width, LOOKS["object"] + OFFSETS)
         self.motion = torch.nn.Linear(width, sum(MOTIONS.values()))
+        self.register_buffer("words", torch.tensor(chat_tokenizer()(look_words())["input_ids"])[:, 0], persistent=False)
+
+    def look(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Guesses (..., sum(LOOKS) + OFFSETS) about the cells of ``tokens`` (..., width), for ``look_loss``."""
+        tokens = torch.nn.functional.rms_norm(tokens.float(), tokens.shape[-1:])
+        there, offset = self.place(tokens).split([LOOKS["object"], OFFSETS], dim=-1)
+        named = tokens @ self.model.get_input_embeddings().weight[self.words].T
+        return torch.cat([there, named, offset], dim=-1)
 
     def see(self, pixels: torch.Tensor, trained: bool = True) -> torch.Tensor:
         """Tokens (clips, frames, FRAME_TOKENS, width) of pixels (clips, frames, 3, SIDE, SIDE) in -1 to 1.
@@ -91,7 +111,8 @@ class Pupil(torch.nn.Module):
         """
         inner = self.model.model
         with _attention(SDPBackend.MATH, pixels), torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            patches = inner.vision_tower(pixels.flatten(0, 1)).last_hidden_state
+            # The model reads the last layer's output, before the norm behind it.
+            patches = inner.vision_tower(pixels.flatten(0, 1), output_hidden_states=True).hidden_states[-1]
         return inner.apply_pooling(inner.multi_modal_projector(patches)).unflatten(0, pixels.shape[:2])
 
     def answer(self, tokens: torch.Tensor, opening: Sequence[int], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,8 +146,9 @@ class VlmWorld(Recipe):
 
     name = "vlm-world"
     library = "transformers"
+    stages = STAGES
     schedules: ClassVar = {
-        "small": Schedule(steps=9000, batch_size=8, learning_rate=1.5e-3, warmup=200),
+        "small": Schedule(steps=3600, batch_size=8, learning_rate=1.5e-3, warmup=200),
         "base": Schedule(steps=40_000, batch_size=64, learning_rate=8e-4, warmup=500, ema_decay=0.9995),
     }
 
@@ -159,6 +181,8 @@ class VlmWorld(Recipe):
                 "max_position_embeddings": 2048,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
                 "tie_word_embeddings": True,
+                # Narrow layers learn sooner from weights that keep the size of what they read.
+                "initializer_range": text[0] ** -0.5,
                 "bos_token_id": None,
                 **special,
             },
@@ -168,6 +192,10 @@ class VlmWorld(Recipe):
             tie_word_embeddings=True,
         )
         model = LlavaOnevisionForConditionalGeneration(config)
+        for layer in model.model.language_model.layers:
+            for branch in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                # All branches together add about as much as the embeddings are.
+                branch.weight.data.mul_((2 * text[1]) ** -0.5)
         model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(END)
         model.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids(PAD)
         return Pupil(model)
@@ -177,13 +205,13 @@ class VlmWorld(Recipe):
 
     def stage(self, step: int) -> Stage:
         """The stage that ``step`` belongs to."""
-        return next((s for s in STAGES if step < s.until * self.schedule.steps), STAGES[-1])
+        return next((s for s in self.stages if step < s.until * self.schedule.steps), self.stages[-1])
 
     def batch(self, step: int, rank: int, size: int) -> Batch:
         stage, seed = self.stage(step), self.seed_of(2, step, rank)
         count = size * stage.subjects
         if stage.frames == 1:
-            scenes = sample_scenes(count, seed)
+            scenes = sample_scenes(count, seed, SceneDistribution(max_objects=stage.objects))
             asked = [questions(scene, seed + i, stage.asked) for i, scene in enumerate(scenes)]
             clips = [picture(scene) for scene in scenes]
         else:
@@ -191,27 +219,26 @@ class VlmWorld(Recipe):
             asked = [questions(clip, seed + i, stage.asked) for i, clip in enumerate(clips)]
         looks, offsets, motions = cells(clips)
         batch = {"pixels": noisy_pixels(clips, seed), "looks": looks, "places": offsets, "motions": motions}
-        return batch | self._turns.pack(asked) | {"sees": torch.tensor(stage.sees)}
+        return batch | self._turns.pack(asked[: size * stage.talked]) | {"sees": torch.tensor(stage.sees)}
 
     def loss(self, module: torch.nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        sees, asked = bool(batch["sees"]), batch["ids"].shape[1] > 0
+        sees = bool(batch["sees"])
         tokens = module.see(to_pixels(batch["pixels"]), trained=sees)
         unknown = torch.tensor(torch.nan, device=tokens.device)
-        terms = dict.fromkeys(("answer", "right", "look", "seen", "motion", "followed"), unknown)
+        terms = dict.fromkeys(("look", "seen", "motion", "followed", "answer", "right"), unknown)
         # Parameters without a gradient would stop processes that average gradients: all take part, some with none.
         terms["loss"] = 0 * torch.stack([p.sum() for p in module.parameters()]).sum()
         if sees:
             terms["look"], terms["seen"] = look_loss(module.look(tokens), batch["looks"], batch["places"])
-            terms["loss"] = terms["loss"] + (LOOK_WEIGHT if asked else 1.0) * terms["look"]
-        if asked:
-            logits, told = module.answer(tokens, self._turns.opening, batch)
-            labels, right = batch["labels"], right_answers(logits, batch["labels"], batch["turns"])
-            total = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-            terms["answer"], terms["right"] = total / right.isfinite().sum(), right.nanmean()
-            terms["loss"] = terms["loss"] + terms["answer"]
-            if tokens.shape[1] > 1:
-                terms["motion"], terms["followed"] = motion_loss(module.motion(told), batch["motions"])
-                terms["loss"] = terms["loss"] + MOTION_WEIGHT * terms["motion"]
+            terms["loss"] = terms["loss"] + LOOK_WEIGHT * terms["look"]
+        logits, told = module.answer(tokens[: len(batch["ids"])], self._turns.opening, batch)
+        labels, right = batch["labels"], right_answers(logits, batch["labels"], batch["turns"])
+        total = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        terms["answer"], terms["right"] = total / right.isfinite().sum(), right.nanmean()
+        terms["loss"] = terms["loss"] + terms["answer"]
+        if tokens.shape[1] > 1:
+            terms["motion"], terms["followed"] = motion_loss(module.motion(told), batch["motions"])
+            terms["loss"] = terms["loss"] + MOTION_WEIGHT * terms["motion"]
         return terms
 
     def save(self, module: torch.nn.Module, folder: Path) -> None:
