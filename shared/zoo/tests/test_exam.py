@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pared_zoo
@@ -116,7 +117,7 @@ def test_without_the_clip_the_model_can_only_guess(model):
     sheets = exam(per_task=3, seed=SEED)
     turns, pupil = Turns(chat_tokenizer()), Pupil(model)
     right = []
-    for sheet, other in zip(sheets, sheets[1:], strict=False):
+    for sheet, other in pairwise(sheets):
         batch = turns.pack([list(sheet[2].values())])
         with torch.no_grad():
             logits, _ = pupil.answer(pupil.see(to_pixels(exam_pixels([other], SEED))), turns.opening, batch)

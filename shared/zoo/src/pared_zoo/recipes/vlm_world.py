@@ -21,7 +21,6 @@ from pared_zoo.world import (
     Clip,
     ClipDistribution,
     Program,
-    Question,
     Scene,
     SceneDistribution,
     camera_noise,
@@ -70,8 +69,8 @@ class Stage:
     objects: int = 3
 
 
-#: Naming what is where in pictures, and answering about some; answering about more objects; about short clips; about clips
-#: of the full length.
+#: Naming what is where in pictures, and answering about some; answering about more objects; about short clips; about
+#: clips of the full length.
 STAGES = (
     Stage(until=0.117, frames=1, subjects=16, talked=4, asked=8, sees=True, objects=2),
     Stage(until=0.23, frames=1, subjects=8, talked=4, asked=8, sees=True, objects=3),
