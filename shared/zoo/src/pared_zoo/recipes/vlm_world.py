@@ -44,6 +44,7 @@ ARCHITECTURE: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 #: What clips are drawn from in training: kinds that alone can be asked some questions are drawn more often.
 CLIPS = ClipDistribution({**ClipDistribution().kinds, "order": 2.0, "flash": 2.0, "pair": 1.5, "recolor": 1.5})
+PICTURES = SceneDistribution(max_objects=3)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Stage:
         asked: questions about each of those.
         sees: whether the vision tower is trained.
         objects: most objects in a picture; clips have up to three.
+        pictures: further pictures, of which only what is where has to be told.
     """
 
     until: float
@@ -67,14 +69,15 @@ class Stage:
     asked: int
     sees: bool
     objects: int = 3
+    pictures: int = 0
 
 
 #: Naming what is where in pictures, and answering about some; answering about more objects; about short clips; about
 #: clips of the full length.
 STAGES = (
-    Stage(until=0.117, frames=1, subjects=16, talked=4, asked=8, sees=True, objects=2),
-    Stage(until=0.23, frames=1, subjects=8, talked=4, asked=8, sees=True, objects=3),
-    Stage(until=0.5, frames=8, subjects=1, talked=1, asked=10, sees=True),
+    Stage(until=0.15, frames=1, subjects=16, talked=4, asked=8, sees=True, objects=2),
+    Stage(until=0.296, frames=1, subjects=8, talked=4, asked=8, sees=True, objects=3),
+    Stage(until=0.66, frames=8, subjects=1, talked=1, asked=10, sees=True, pictures=8),
     Stage(until=1.0, frames=16, subjects=1, talked=1, asked=10, sees=False),
 )
 
@@ -147,7 +150,7 @@ class VlmWorld(Recipe):
     library = "transformers"
     stages = STAGES
     schedules: ClassVar = {
-        "small": Schedule(steps=3600, batch_size=8, learning_rate=1.5e-3, warmup=200),
+        "small": Schedule(steps=2800, batch_size=8, learning_rate=1.5e-3, warmup=200),
         "base": Schedule(steps=40_000, batch_size=64, learning_rate=8e-4, warmup=500, ema_decay=0.9995),
     }
 
@@ -218,6 +221,11 @@ class VlmWorld(Recipe):
             asked = [questions(clip, seed + i, stage.asked) for i, clip in enumerate(clips)]
         looks, offsets, motions = cells(clips)
         batch = {"pixels": noisy_pixels(clips, seed), "looks": looks, "places": offsets, "motions": motions}
+        if stage.pictures:
+            seed = self.seed_of(5, step, rank)
+            further = [picture(scene) for scene in sample_scenes(size * stage.pictures, seed, PICTURES)]
+            looks, offsets, _ = cells(further)
+            batch |= {"further": noisy_pixels(further, seed), "further_looks": looks, "further_places": offsets}
         return batch | self._turns.pack(asked[: size * stage.talked]) | {"sees": torch.tensor(stage.sees)}
 
     def loss(self, module: torch.nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -229,6 +237,10 @@ class VlmWorld(Recipe):
         terms["loss"] = 0 * torch.stack([p.sum() for p in module.parameters()]).sum()
         if sees:
             terms["look"], terms["seen"] = look_loss(module.look(tokens), batch["looks"], batch["places"])
+            terms["loss"] = terms["loss"] + LOOK_WEIGHT * terms["look"]
+        if "further" in batch:
+            further = module.look(module.see(to_pixels(batch["further"])))
+            terms["look"], terms["seen"] = look_loss(further, batch["further_looks"], batch["further_places"])
             terms["loss"] = terms["loss"] + LOOK_WEIGHT * terms["look"]
         logits, told = module.answer(tokens[: len(batch["ids"])], self._turns.opening, batch)
         labels, right = batch["labels"], right_answers(logits, batch["labels"], batch["turns"])
