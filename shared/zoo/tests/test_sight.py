@@ -22,11 +22,11 @@ def told(motions: torch.Tensor, frame: int, cell: int) -> dict[str, int]:
 
 
 def test_an_object_is_in_the_cell_of_its_centre():
-    looks, offsets, _ = cells([clip_of(Program())])
+    looks, places, _ = cells([clip_of(Program())])
     cell = 2 * GRID + 1
     assert looks[0, :, :, 0].sum(dim=1).tolist() == [1] * 8
     assert looks[0, 0, cell].tolist() == [1, 2, *RING_WORDS]
-    assert offsets[0, 0, cell].tolist() == pytest.approx([2 * 0.2 - 1, 2 * 0.4 - 1], abs=1e-5)
+    assert places[0, 0, cell].tolist() == pytest.approx([0.3 * GRID - 2, 0.6 * GRID - 2], abs=1e-5)
     assert looks[0, 0, 0].tolist() == [0, 2, *[NOTHING] * 4]
 
 
@@ -54,16 +54,16 @@ def test_a_new_colour_is_shown_and_the_old_one_remembered():
 
 
 def test_losses_vanish_for_right_guesses_and_not_for_wrong_ones():
-    looks, offsets, motions = cells(sample_clips(6, 8))
+    looks, places, motions = cells(sample_clips(6, 8))
 
     def guesses(answers, sizes):
         one_hot = [torch.nn.functional.one_hot(answers[..., k].clamp(min=0), n) for k, n in enumerate(sizes)]
         return 50.0 * torch.cat(one_hot, dim=-1).float()
 
-    right = torch.cat([guesses(looks, LOOKS.values()), offsets], dim=-1)
-    loss, share = look_loss(right, looks, offsets)
+    right = torch.cat([guesses(looks, LOOKS.values()), places], dim=-1)
+    loss, share = look_loss(right, looks, places)
     assert (loss.item(), share.item()) == (pytest.approx(0, abs=1e-5), 1)
-    assert look_loss(right.flip(-1), looks, offsets)[0] > 1
+    assert look_loss(right.flip(-1), looks, places)[0] > 1
     loss, share = motion_loss(guesses(motions, MOTIONS.values()), motions)
     assert (loss.item(), share.item()) == (pytest.approx(0, abs=1e-5), 1)
     assert motion_loss(guesses(motions, MOTIONS.values()).flip(-1), motions)[0] > 1

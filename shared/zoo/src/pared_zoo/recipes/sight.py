@@ -23,8 +23,9 @@ LOOKS: dict[str, int] = {
     "size": len(SIZES),
     "texture": len(TEXTURES),
 }
-#: Where in its cell an object's centre is: x and y from -1 to 1.
-OFFSETS = 2
+#: Where an object's centre is: x and y in cells from the middle of the frame. Counted anew in every cell, they would
+#: jump where a moving object goes from one cell to the next.
+PLACE = 2
 #: What frames up to this one tell of the object in a cell: which way it goes now and went first (or not at all), how
 #: fast it goes, whether it was there from the first frame on, which colour it had before (or none).
 MOTIONS: dict[str, int] = {
@@ -48,13 +49,13 @@ def cells(clips: Sequence[Clip]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     """Right answers for every cell of clips of equal length.
 
     Returns:
-        looks, int64 (clips, frames, GRID * GRID, len(LOOKS)); offsets, float32 (clips, frames, GRID * GRID, 2);
+        looks, int64 (clips, frames, GRID * GRID, len(LOOKS)); places, float32 (clips, frames, GRID * GRID, 2);
         motions, int64 (clips, frames, GRID * GRID, len(MOTIONS)). ``NOTHING`` stands where there is no object.
     """
     shape = (len(clips), clips[0].frames, GRID * GRID)
     looks = np.full((*shape, len(LOOKS)), NOTHING)
     motions = np.full((*shape, len(MOTIONS)), NOTHING)
-    offsets = np.zeros((*shape, OFFSETS), dtype=np.float32)
+    places = np.zeros((*shape, PLACE), dtype=np.float32)
     looks[..., 0] = 0
     for i, clip in enumerate(clips):
         looks[i, ..., 1] = list(BACKGROUNDS).index(clip.background)
@@ -70,9 +71,9 @@ def cells(clips: Sequence[Clip]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
             looks[i, frames, cell, 2] = words[0]
             looks[i, frames, cell, 3] = color[frames]
             looks[i, frames, cell, 4:] = words[1:]
-            offsets[i, frames, cell] = 2 * (at % 1) - 1
+            places[i, frames, cell] = at - GRID / 2
             motions[i, frames, cell] = told[frames]
-    return torch.from_numpy(looks), torch.from_numpy(offsets), torch.from_numpy(motions)
+    return torch.from_numpy(looks), torch.from_numpy(places), torch.from_numpy(motions)
 
 
 def _colors(clip: Clip, k: int) -> np.ndarray:
@@ -101,12 +102,12 @@ def _told(clip: Clip, k: int, track: np.ndarray, visible: np.ndarray) -> np.ndar
     return told
 
 
-def look_loss(guesses: torch.Tensor, looks: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of ``(..., sum(LOOKS) + OFFSETS)`` guesses, and the share of right attributes of objects."""
-    *words, place = guesses.float().flatten(0, -2).split([*LOOKS.values(), OFFSETS], dim=-1)
+def look_loss(guesses: torch.Tensor, looks: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of ``(..., sum(LOOKS) + PLACE)`` guesses, and the share of right attributes of objects."""
+    *words, point = guesses.float().flatten(0, -2).split([*LOOKS.values(), PLACE], dim=-1)
     wanted, there = looks.flatten(0, -2), (looks[..., 0] == 1).flatten()
     terms = [_entropy(guess, wanted[:, k]) for k, guess in enumerate(words)]
-    terms.append(smooth_l1_loss(place[there], offsets.flatten(0, -2)[there], beta=0.2))
+    terms.append(smooth_l1_loss(point[there], places.flatten(0, -2)[there], beta=0.2))
     right = torch.stack([guess[there].argmax(-1) == wanted[there, k] for k, guess in enumerate(words) if k > 1])
     return torch.stack(terms).sum(), right.float().mean()
 

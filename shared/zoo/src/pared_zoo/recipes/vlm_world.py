@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from pared_zoo.recipes.base import Batch, Recipe, Schedule, Track
 from pared_zoo.recipes.chat import END, IMAGE, PAD, VIDEO, chat_processor, chat_tokenizer
-from pared_zoo.recipes.sight import LOOKS, MOTIONS, OFFSETS, cells, look_loss, look_words, motion_loss
+from pared_zoo.recipes.sight import LOOKS, MOTIONS, PLACE, cells, look_loss, look_words, motion_loss
 from pared_zoo.recipes.turns import IGNORED, Turns, right_answers, turn_mask
 from pared_zoo.world import (
     Clip,
@@ -95,16 +95,16 @@ class Pupil(torch.nn.Module):
         super().__init__()
         width = model.config.text_config.hidden_size
         self.model = model
-        self.place = torch.nn.Linear(width, LOOKS["object"] + OFFSETS)
+        self.place = torch.nn.Linear(width, LOOKS["object"] + PLACE)
         self.motion = torch.nn.Linear(width, sum(MOTIONS.values()))
         self.register_buffer("words", torch.tensor(chat_tokenizer()(look_words())["input_ids"])[:, 0], persistent=False)
 
     def look(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Guesses (..., sum(LOOKS) + OFFSETS) about the cells of ``tokens`` (..., width), for ``look_loss``."""
+        """Guesses (..., sum(LOOKS) + PLACE) about the cells of ``tokens`` (..., width), for ``look_loss``."""
         tokens = torch.nn.functional.rms_norm(tokens.float(), tokens.shape[-1:])
-        there, offset = self.place(tokens).split([LOOKS["object"], OFFSETS], dim=-1)
+        there, point = self.place(tokens).split([LOOKS["object"], PLACE], dim=-1)
         named = tokens @ self.model.get_input_embeddings().weight[self.words].T
-        return torch.cat([there, named, offset], dim=-1)
+        return torch.cat([there, named, point], dim=-1)
 
     def see(self, pixels: torch.Tensor, trained: bool = True) -> torch.Tensor:
         """Tokens (clips, frames, FRAME_TOKENS, width) of pixels (clips, frames, 3, SIDE, SIDE) in -1 to 1.
@@ -219,16 +219,16 @@ class VlmWorld(Recipe):
         else:
             clips = sample_clips(count, seed, stage.frames, CLIPS)
             asked = [questions(clip, seed + i, stage.asked) for i, clip in enumerate(clips)]
-        looks, offsets, motions = cells(clips)
-        batch = {"pixels": noisy_pixels(clips, seed), "looks": looks, "places": offsets, "motions": motions}
+        looks, places, motions = cells(clips)
+        batch = {"pixels": noisy_pixels(clips, seed), "looks": looks, "places": places, "motions": motions}
         if stage.pictures:
             seed = self.seed_of(5, step, rank)
             further = [picture(scene) for scene in sample_scenes(size * stage.pictures, seed, PICTURES)]
-            looks, offsets, _ = cells(further)
-            batch |= {"further": noisy_pixels(further, seed), "further_looks": looks, "further_places": offsets}
+            looks, places, _ = cells(further)
+            batch |= {"further": noisy_pixels(further, seed), "further_looks": looks, "further_places": places}
         return batch | self._turns.pack(asked[: size * stage.talked]) | {"sees": torch.tensor(stage.sees)}
 
-    def loss(self, module: torch.nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def loss(self, module: Any, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         sees = bool(batch["sees"])
         tokens = module.see(to_pixels(batch["pixels"]), trained=sees)
         unknown = torch.tensor(torch.nan, device=tokens.device)
@@ -252,7 +252,7 @@ class VlmWorld(Recipe):
             terms["loss"] = terms["loss"] + MOTION_WEIGHT * terms["motion"]
         return terms
 
-    def save(self, module: torch.nn.Module, folder: Path) -> None:
+    def save(self, module: Any, folder: Path) -> None:
         module.model.half().save_pretrained(folder)
         chat_processor(SIDE, (SIDE // PATCH) ** 2).save_pretrained(folder)
 
