@@ -64,7 +64,7 @@ def exam_pixels(sheets: Iterable[Sheet], seed: int = EXAM_SEED) -> torch.Tensor:
 
 @torch.no_grad()
 def examine(model: Any, track: Track, per_task: int = PER_TASK, seed: int = EXAM_SEED) -> dict[str, float]:
-    """Share of right answers under greedy decoding, by task and as the plain mean over tasks.
+    """Share of right answers under greedy decoding in bfloat16, by task and as the plain mean over tasks.
 
     Args:
         model: the ``LlavaOnevisionForConditionalGeneration``.
@@ -79,8 +79,9 @@ def examine(model: Any, track: Track, per_task: int = PER_TASK, seed: int = EXAM
     for start in track(range(0, len(sheets), BLOCK), "ask vlm-world", None):
         block = sheets[start : start + BLOCK]
         batch = {k: v.to(model.device) for k, v in turns.pack([list(q.values()) for _, _, q in block]).items()}
-        tokens = pupil.see(to_pixels(exam_pixels(block, seed).to(model.device)))
-        logits, _ = pupil.answer(tokens, turns.opening, batch)
+        with torch.autocast(model.device.type, torch.bfloat16):
+            tokens = pupil.see(to_pixels(exam_pixels(block, seed).to(model.device)))
+            logits, _ = pupil.answer(tokens, turns.opening, batch)
         right = right_answers(logits, batch["labels"], batch["turns"]).tolist()
         for (_, _, asked), row in zip(block, right, strict=True):
             for task, verdict in zip(asked, row, strict=False):

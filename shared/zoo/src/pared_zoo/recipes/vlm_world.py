@@ -75,9 +75,9 @@ class Stage:
 #: Naming what is where in pictures, and answering about some; answering about more objects; about short clips; about
 #: clips of the full length.
 STAGES = (
-    Stage(until=0.15, frames=1, subjects=16, talked=4, asked=8, sees=True, objects=2),
-    Stage(until=0.296, frames=1, subjects=8, talked=4, asked=8, sees=True, objects=3),
-    Stage(until=0.66, frames=8, subjects=1, talked=1, asked=10, sees=True, pictures=8),
+    Stage(until=0.179, frames=1, subjects=16, talked=4, asked=8, sees=True, objects=2),
+    Stage(until=0.352, frames=1, subjects=8, talked=4, asked=8, sees=True, objects=3),
+    Stage(until=0.745, frames=8, subjects=1, talked=1, asked=10, sees=True, pictures=8),
     Stage(until=1.0, frames=16, subjects=1, talked=1, asked=10, sees=False),
 )
 
@@ -150,7 +150,7 @@ class VlmWorld(Recipe):
     library = "transformers"
     stages = STAGES
     schedules: ClassVar = {
-        "small": Schedule(steps=2800, batch_size=8, learning_rate=1.5e-3, warmup=200),
+        "small": Schedule(steps=2350, batch_size=8, learning_rate=1.5e-3, warmup=200),
         "base": Schedule(steps=40_000, batch_size=64, learning_rate=8e-4, warmup=500, ema_decay=0.9995),
     }
 
