@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,15 +27,12 @@ LOOKS: dict[str, int] = {
 #: Where an object's centre is: x and y in cells from the middle of the frame. Counted anew in every cell, they would
 #: jump where a moving object goes from one cell to the next.
 PLACE = 2
-#: What frames up to this one tell of the object in a cell: which way it goes now and went first (or not at all), how
-#: fast it goes, whether it was there from the first frame on, which colour it had before (or none).
-MOTIONS: dict[str, int] = {
-    "way": 1 + len(DIRECTIONS),
-    "first_way": 1 + len(DIRECTIONS),
-    "pace": 1 + len(SPEEDS),
-    "entered": 2,
-    "was": 1 + len(COLORS),
-}
+#: What frames up to this one tell of the object in a cell: which way it goes now (or not at all), how fast, whether it
+#: was there from the first frame on, which colour it had before (or none).
+MOTIONS: dict[str, int] = {"way": 1 + len(DIRECTIONS), "pace": 1 + len(SPEEDS), "entered": 2, "was": 1 + len(COLORS)}
+#: And in numbers: the way (x, y) from where it was first seen, in cells; the step (x, y) from the frame before, in
+#: sides of the frame per clip; the time from 0 to 1.
+PATH = 5
 #: Way within the whole clip above which a speed is called quick; nothing moves at a speed near it.
 _QUICK = 0.35
 NOTHING = -100
@@ -45,17 +43,29 @@ def look_words() -> list[str]:
     return [f" {word}" for words in (BACKGROUNDS, SHAPES, COLORS, SIZES, TEXTURES) for word in words]
 
 
-def cells(clips: Sequence[Clip]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Right answers for every cell of clips of equal length.
+@dataclass(frozen=True)
+class Cells:
+    """Right answers for every cell of clips of equal length; ``NOTHING`` stands where there is no object.
 
-    Returns:
-        looks, int64 (clips, frames, GRID * GRID, len(LOOKS)); places, float32 (clips, frames, GRID * GRID, 2);
-        motions, int64 (clips, frames, GRID * GRID, len(MOTIONS)). ``NOTHING`` stands where there is no object.
+    Attributes:
+        looks: int64 (clips, frames, GRID * GRID, len(LOOKS)).
+        places: float32 (clips, frames, GRID * GRID, PLACE).
+        motions: int64 (clips, frames, GRID * GRID, len(MOTIONS)).
+        paths: float32 (clips, frames, GRID * GRID, PATH).
     """
+
+    looks: torch.Tensor
+    places: torch.Tensor
+    motions: torch.Tensor
+    paths: torch.Tensor
+
+
+def cells(clips: Sequence[Clip]) -> Cells:
+    """What every cell of every frame shows and how it came there."""
     shape = (len(clips), clips[0].frames, GRID * GRID)
     looks = np.full((*shape, len(LOOKS)), NOTHING)
     motions = np.full((*shape, len(MOTIONS)), NOTHING)
-    places = np.zeros((*shape, PLACE), dtype=np.float32)
+    places, paths = (np.zeros((*shape, n), dtype=np.float32) for n in (PLACE, PATH))
     looks[..., 0] = 0
     for i, clip in enumerate(clips):
         looks[i, ..., 1] = list(BACKGROUNDS).index(clip.background)
@@ -64,16 +74,16 @@ def cells(clips: Sequence[Clip]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
             frames = np.flatnonzero(visible[:, k])
             at = np.clip(centres[frames, k] * GRID, 0, GRID - 1e-6)
             cell = at.astype(int) @ (1, GRID)
-            color, told = _colors(clip, k), _told(clip, k, centres[:, k], visible[:, k])
             o = clip.objects[k]
             words = (SHAPES.index(o.shape), list(SIZES).index(o.size), TEXTURES.index(o.texture))
             looks[i, frames, cell, 0] = 1
             looks[i, frames, cell, 2] = words[0]
-            looks[i, frames, cell, 3] = color[frames]
+            looks[i, frames, cell, 3] = _colors(clip, k)[frames]
             looks[i, frames, cell, 4:] = words[1:]
             places[i, frames, cell] = at - GRID / 2
-            motions[i, frames, cell] = told[frames]
-    return torch.from_numpy(looks), torch.from_numpy(places), torch.from_numpy(motions)
+            motions[i, frames, cell] = _told(clip, k, centres[:, k], visible[:, k])[frames]
+            paths[i, frames, cell] = _path(centres[:, k], int(frames[0]))[frames]
+    return Cells(*(torch.from_numpy(values) for values in (looks, places, motions, paths)))
 
 
 def _colors(clip: Clip, k: int) -> np.ndarray:
@@ -92,14 +102,21 @@ def _told(clip: Clip, k: int, track: np.ndarray, visible: np.ndarray) -> np.ndar
     sideways = np.abs(step[:, 0]) > np.abs(step[:, 1])
     # 1 left, 2 right, 3 up, 4 down: the order of DIRECTIONS.
     way = np.where(sideways, 1 + (step[:, 0] > 0), 3 + (step[:, 1] > 0)) * moving
-    first = way[moving.argmax()] * (np.cumsum(moving) > 0)
     pace = moving * np.where(length * (clip.frames - 1) < _QUICK, 1, 2)
     entered = np.full(clip.frames, not visible[0])
     original = 1 + list(COLORS).index(clip.objects[k].color)
     was = np.where(_colors(clip, k) == original - 1, 0, original)
-    told = np.stack([way, first, pace, entered, was], axis=1).astype(int)
+    told = np.stack([way, pace, entered, was], axis=1).astype(int)
     told[0] = NOTHING
     return told
+
+
+def _path(track: np.ndarray, first: int) -> np.ndarray:
+    """Numbers for ``PATH``, (frames, PATH)."""
+    frames = len(track)
+    step = np.diff(track, axis=0, prepend=track[:1]) * (frames - 1)
+    time = np.arange(frames)[:, None] / max(1, frames - 1)
+    return np.concatenate([GRID * (track - track[first]), GRID * step, time], axis=1)
 
 
 def look_loss(guesses: torch.Tensor, looks: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,12 +129,14 @@ def look_loss(guesses: torch.Tensor, looks: torch.Tensor, places: torch.Tensor) 
     return torch.stack(terms).sum(), right.float().mean()
 
 
-def motion_loss(guesses: torch.Tensor, motions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of ``(..., sum(MOTIONS))`` guesses, and the share of moving objects whose way is told right."""
-    told = guesses.float().flatten(0, -2).split(list(MOTIONS.values()), dim=-1)
+def motion_loss(guesses: torch.Tensor, motions: torch.Tensor, paths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of ``(..., sum(MOTIONS) + PATH)`` guesses, and the share of moving objects whose way is told right."""
+    *told, path = guesses.float().flatten(0, -2).split([*MOTIONS.values(), PATH], dim=-1)
     wanted = motions.flatten(0, -2)
     terms = [_entropy(guess, wanted[:, k]) for k, guess in enumerate(told)]
-    moving = wanted[:, 0] > 0
+    seen, moving = wanted[:, 0] != NOTHING, wanted[:, 0] > 0
+    distance = smooth_l1_loss(path[seen], paths.flatten(0, -2)[seen], beta=0.2, reduction="sum")
+    terms.append(distance / seen.sum().clamp(min=1))
     right = (told[0][moving].argmax(-1) == wanted[moving, 0]).float()
     return torch.stack(terms).sum(), right.sum() / moving.sum().clamp(min=1)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from pared_zoo.recipes.base import Batch, Recipe, Schedule, Track
 from pared_zoo.recipes.chat import END, IMAGE, PAD, VIDEO, chat_processor, chat_tokenizer
-from pared_zoo.recipes.sight import LOOKS, MOTIONS, PLACE, cells, look_loss, look_words, motion_loss
+from pared_zoo.recipes.sight import LOOKS, MOTIONS, PATH, PLACE, cells, look_loss, look_words, motion_loss
 from pared_zoo.recipes.turns import IGNORED, Turns, right_answers, turn_mask
 from pared_zoo.world import (
     Clip,
@@ -36,7 +36,7 @@ FRAME_TOKENS = (SIDE // PATCH // 2) ** 2
 #: The layer of the text model whose output at the tokens of a clip has to tell how things moved.
 MOTION_LAYER = 4
 #: How much those answers count beside the questions, and how much what single frames show.
-MOTION_WEIGHT, LOOK_WEIGHT = 0.2, 0.3
+MOTION_WEIGHT, LOOK_WEIGHT = 1.0, 0.3
 #: Size -> (width, layers, heads) of the vision tower, (width, layers, heads, key-value heads, inner width) of the text.
 ARCHITECTURE: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "small": ((96, 4, 3), (192, 8, 6, 2, 512)),
@@ -75,9 +75,9 @@ class Stage:
 #: Naming what is where in pictures, and answering about some; answering about more objects; about short clips; about
 #: clips of the full length.
 STAGES = (
-    Stage(until=0.179, frames=1, subjects=16, talked=4, asked=8, sees=True, objects=2),
-    Stage(until=0.352, frames=1, subjects=8, talked=4, asked=8, sees=True, objects=3),
-    Stage(until=0.745, frames=8, subjects=1, talked=1, asked=10, sees=True, pictures=8),
+    Stage(until=0.1, frames=1, subjects=16, talked=4, asked=8, sees=True, objects=2),
+    Stage(until=0.197, frames=1, subjects=8, talked=4, asked=8, sees=True, objects=3),
+    Stage(until=0.6, frames=8, subjects=1, talked=1, asked=10, sees=True, pictures=8),
     Stage(until=1.0, frames=16, subjects=1, talked=1, asked=10, sees=False),
 )
 
@@ -96,7 +96,7 @@ class Pupil(torch.nn.Module):
         width = model.config.text_config.hidden_size
         self.model = model
         self.place = torch.nn.Linear(width, LOOKS["object"] + PLACE)
-        self.motion = torch.nn.Linear(width, sum(MOTIONS.values()))
+        self.motion = torch.nn.Linear(width, sum(MOTIONS.values()) + PATH)
         self.register_buffer("words", torch.tensor(chat_tokenizer()(look_words())["input_ids"])[:, 0], persistent=False)
 
     def look(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -150,7 +150,7 @@ class VlmWorld(Recipe):
     library = "transformers"
     stages = STAGES
     schedules: ClassVar = {
-        "small": Schedule(steps=2350, batch_size=8, learning_rate=1.5e-3, warmup=200),
+        "small": Schedule(steps=4200, batch_size=8, learning_rate=1.5e-3, warmup=200),
         "base": Schedule(steps=40_000, batch_size=64, learning_rate=8e-4, warmup=500, ema_decay=0.9995),
     }
 
@@ -219,13 +219,14 @@ class VlmWorld(Recipe):
         else:
             clips = sample_clips(count, seed, stage.frames, CLIPS)
             asked = [questions(clip, seed + i, stage.asked) for i, clip in enumerate(clips)]
-        looks, places, motions = cells(clips)
-        batch = {"pixels": noisy_pixels(clips, seed), "looks": looks, "places": places, "motions": motions}
+        right = cells(clips)
+        batch = {"pixels": noisy_pixels(clips, seed)} | vars(right)
         if stage.pictures:
             seed = self.seed_of(5, step, rank)
             further = [picture(scene) for scene in sample_scenes(size * stage.pictures, seed, PICTURES)]
-            looks, places, _ = cells(further)
-            batch |= {"further": noisy_pixels(further, seed), "further_looks": looks, "further_places": places}
+            right = cells(further)
+            batch |= {"further": noisy_pixels(further, seed)}
+            batch |= {"further_looks": right.looks, "further_places": right.places}
         return batch | self._turns.pack(asked[: size * stage.talked]) | {"sees": torch.tensor(stage.sees)}
 
     def loss(self, module: Any, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -248,7 +249,7 @@ class VlmWorld(Recipe):
         terms["answer"], terms["right"] = total / right.isfinite().sum(), right.nanmean()
         terms["loss"] = terms["loss"] + terms["answer"]
         if tokens.shape[1] > 1:
-            terms["motion"], terms["followed"] = motion_loss(module.motion(told), batch["motions"])
+            terms["motion"], terms["followed"] = motion_loss(module.motion(told), batch["motions"], batch["paths"])
             terms["loss"] = terms["loss"] + MOTION_WEIGHT * terms["motion"]
         return terms
 
