@@ -81,6 +81,17 @@ def test_batches_of_every_stage_can_be_learnt_from():
         assert not torch.equal(batch["pixels"], recipe.batch(step, 1, 1)["pixels"])
 
 
+def test_how_things_move_is_told_alike_with_and_without_questions():
+    pupil, turns = VlmWorld().build().eval(), Turns(chat_tokenizer())
+    sheets = exam(per_task=1, seed=SEED)[:2]
+    with torch.no_grad():
+        tokens = pupil.see(to_pixels(exam_pixels(sheets, SEED)))
+        _, told = pupil.answer(tokens, turns.opening, turns.pack([list(asked.values()) for _, _, asked in sheets]))
+        alone = pupil.follow(tokens, turns.opening)
+    assert alone.shape == told.shape == tokens.shape
+    assert torch.allclose(alone, told, atol=1e-4)
+
+
 def test_an_untrained_model_knows_nothing():
     assert examine(VlmWorld().build().model.eval(), plain, per_task=1, seed=SEED)["accuracy_mean"] < 0.2
 

@@ -42,9 +42,11 @@ ARCHITECTURE: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "small": ((96, 4, 3), (192, 8, 6, 2, 512)),
     "base": ((192, 6, 6), (320, 10, 10, 2, 864)),
 }
+STILL = ("still", "appear", "vanish", "flash", "recolor")
 #: What clips are drawn from in training: kinds that alone can be asked some questions are drawn more often.
 CLIPS = ClipDistribution({**ClipDistribution().kinds, "order": 2.0, "flash": 2.0, "pair": 1.5, "recolor": 1.5})
 PICTURES = SceneDistribution(max_objects=3)
+MOVING = ClipDistribution({kind: weight for kind, weight in CLIPS.kinds.items() if kind not in STILL})
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Stage:
         sees: whether the vision tower is trained.
         objects: most objects in a picture; clips have up to three.
         pictures: further pictures, of which only what is where has to be told.
+        silent: further clips, of which only how things move has to be told.
     """
 
     until: float
@@ -70,6 +73,7 @@ class Stage:
     sees: bool
     objects: int = 3
     pictures: int = 0
+    silent: int = 0
 
 
 #: Naming what is where in pictures, and answering about some; answering about more objects; about short clips; about
@@ -77,8 +81,8 @@ class Stage:
 STAGES = (
     Stage(until=0.1, frames=1, subjects=16, talked=4, asked=8, sees=True, objects=2),
     Stage(until=0.197, frames=1, subjects=8, talked=4, asked=8, sees=True, objects=3),
-    Stage(until=0.6, frames=8, subjects=1, talked=1, asked=10, sees=True, pictures=8),
-    Stage(until=1.0, frames=16, subjects=1, talked=1, asked=10, sees=False),
+    Stage(until=0.6, frames=8, subjects=1, talked=1, asked=10, sees=True, pictures=8, silent=3),
+    Stage(until=1.0, frames=16, subjects=1, talked=1, asked=10, sees=False, silent=1),
 )
 
 
@@ -137,6 +141,18 @@ class Pupil(torch.nn.Module):
             )
         told = out.hidden_states[MOTION_LAYER][:, len(opening) : prefix - 1]
         return self.model.lm_head(out.last_hidden_state[:, prefix:]), told.unflatten(1, tokens.shape[1:3])
+
+    def follow(self, tokens: torch.Tensor, opening: Sequence[int]) -> torch.Tensor:
+        """Outputs of ``MOTION_LAYER`` at a clip's tokens, shaped like them; the layers behind are not computed."""
+        text = self.model.model.language_model
+        begin = text.embed_tokens(torch.tensor(opening, device=tokens.device)).expand(len(tokens), -1, -1)
+        states = torch.cat([begin.float(), tokens.flatten(1, 2).float()], dim=1)
+        position_ids = torch.arange(states.shape[1], device=states.device)[None]
+        rotary = text.rotary_emb(states, position_ids)
+        with _attention(SDPBackend.FLASH_ATTENTION, tokens):
+            for layer in text.layers[:MOTION_LAYER]:
+                states = layer(states, attention_mask=None, position_ids=position_ids, position_embeddings=rotary)
+        return states[:, len(opening) :].unflatten(1, tokens.shape[1:3])
 
 
 class VlmWorld(Recipe):
@@ -227,6 +243,12 @@ class VlmWorld(Recipe):
             right = cells(further)
             batch |= {"further": noisy_pixels(further, seed)}
             batch |= {"further_looks": right.looks, "further_places": right.places}
+        if stage.silent:
+            seed = self.seed_of(6, step, rank)
+            clips = sample_clips(size * stage.silent, seed, stage.frames, MOVING)
+            right = cells(clips)
+            batch |= {"silent": noisy_pixels(clips, seed)}
+            batch |= {"silent_motions": right.motions, "silent_paths": right.paths}
         return batch | self._turns.pack(asked[: size * stage.talked]) | {"sees": torch.tensor(stage.sees)}
 
     def loss(self, module: Any, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -249,7 +271,13 @@ class VlmWorld(Recipe):
         terms["answer"], terms["right"] = total / right.isfinite().sum(), right.nanmean()
         terms["loss"] = terms["loss"] + terms["answer"]
         if tokens.shape[1] > 1:
-            terms["motion"], terms["followed"] = motion_loss(module.motion(told), batch["motions"], batch["paths"])
+            motions, paths = batch["motions"], batch["paths"]
+            if "silent" in batch:
+                silent = module.see(to_pixels(batch["silent"]), trained=False)
+                told = torch.cat([told, module.follow(silent, self._turns.opening)])
+                motions = torch.cat([motions, batch["silent_motions"]])
+                paths = torch.cat([paths, batch["silent_paths"]])
+            terms["motion"], terms["followed"] = motion_loss(module.motion(told), motions, paths)
             terms["loss"] = terms["loss"] + MOTION_WEIGHT * terms["motion"]
         return terms
 
