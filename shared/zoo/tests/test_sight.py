@@ -22,7 +22,8 @@ def told(motions: torch.Tensor, frame: int, cell: int) -> dict[str, int]:
 
 
 def test_an_object_is_in_the_cell_of_its_centre():
-    looks, places, _ = cells([clip_of(Program())])
+    right = cells([clip_of(Program())])
+    looks, places = right.looks, right.places
     cell = 2 * GRID + 1
     assert looks[0, :, :, 0].sum(dim=1).tolist() == [1] * 8
     assert looks[0, 0, cell].tolist() == [1, 2, *RING_WORDS]
@@ -31,42 +32,45 @@ def test_an_object_is_in_the_cell_of_its_centre():
 
 
 def test_an_object_that_does_not_show_is_in_no_cell():
-    looks, _, motions = cells([clip_of(Program(appears=3, vanishes=4))])
-    assert looks[0, :, :, 0].sum(dim=1).tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
-    assert told(motions, 3, 9)["entered"] == 1
+    right = cells([clip_of(Program(appears=3, vanishes=4))])
+    assert right.looks[0, :, :, 0].sum(dim=1).tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert told(right.motions, 3, 9)["entered"] == 1
 
 
-def test_the_way_of_now_and_the_first_way_differ_after_a_turn():
-    turning = Program((Move(1, 3, "right", 0.15), Move(4, 7, "up", 0.15)))
-    clip = clip_of(turning)
-    looks, _, motions = cells([clip])
-    seen = [told(motions, f, int(looks[0, f, :, 0].argmax())) for f in range(1, 8)]
+def test_way_pace_and_path_are_those_of_the_program():
+    right = cells([clip_of(Program((Move(1, 3, "right", 0.15), Move(4, 7, "up", 0.15))))])
+    at = [int(right.looks[0, f, :, 0].argmax()) for f in range(8)]
+    seen = [told(right.motions, f, at[f]) for f in range(1, 8)]
     assert [s["way"] for s in seen] == [0, 2, 2, 0, 3, 3, 3]
-    assert [s["first_way"] for s in seen] == [0, 2, 2, 2, 2, 2, 2]
     assert [s["pace"] for s in seen] == [0, 2, 2, 0, 2, 2, 2]
+    last = right.paths[0, 7, at[7]].tolist()
+    assert last == pytest.approx([0.3 * GRID, -0.45 * GRID, 0, -0.15 * 7, 1], abs=1e-5)
+    assert right.paths[0, 0, at[0]].tolist() == [0] * 5
 
 
 def test_a_new_colour_is_shown_and_the_old_one_remembered():
-    looks, _, motions = cells([clip_of(Program(recolor=(4, "cyan")))])
+    right = cells([clip_of(Program(recolor=(4, "cyan")))])
+    looks, motions = right.looks, right.motions
     cyan, red = list(COLORS).index("cyan"), list(COLORS).index("red")
     assert looks[0, :, 9, 3].tolist() == [red] * 4 + [cyan] * 4
     assert [told(motions, f, 9)["was"] for f in (1, 3, 4, 7)] == [0, 0, 1 + red, 1 + red]
 
 
+def one_hot(answers: torch.Tensor, sizes) -> torch.Tensor:
+    parts = [torch.nn.functional.one_hot(answers[..., k].clamp(min=0), n) for k, n in enumerate(sizes)]
+    return 50.0 * torch.cat(parts, dim=-1).float()
+
+
 def test_losses_vanish_for_right_guesses_and_not_for_wrong_ones():
-    looks, places, motions = cells(sample_clips(6, 8))
-
-    def guesses(answers, sizes):
-        one_hot = [torch.nn.functional.one_hot(answers[..., k].clamp(min=0), n) for k, n in enumerate(sizes)]
-        return 50.0 * torch.cat(one_hot, dim=-1).float()
-
-    right = torch.cat([guesses(looks, LOOKS.values()), places], dim=-1)
-    loss, share = look_loss(right, looks, places)
+    answers = cells(sample_clips(6, 8))
+    right = torch.cat([one_hot(answers.looks, LOOKS.values()), answers.places], dim=-1)
+    loss, share = look_loss(right, answers.looks, answers.places)
     assert (loss.item(), share.item()) == (pytest.approx(0, abs=1e-5), 1)
-    assert look_loss(right.flip(-1), looks, places)[0] > 1
-    loss, share = motion_loss(guesses(motions, MOTIONS.values()), motions)
+    assert look_loss(right.flip(-1), answers.looks, answers.places)[0] > 1
+    right = torch.cat([one_hot(answers.motions, MOTIONS.values()), answers.paths], dim=-1)
+    loss, share = motion_loss(right, answers.motions, answers.paths)
     assert (loss.item(), share.item()) == (pytest.approx(0, abs=1e-5), 1)
-    assert motion_loss(guesses(motions, MOTIONS.values()).flip(-1), motions)[0] > 1
+    assert motion_loss(right.flip(-1), answers.motions, answers.paths)[0] > 1
 
 
 def test_there_is_a_word_for_every_answer():
