@@ -116,7 +116,7 @@ def _path(track: np.ndarray, first: int) -> np.ndarray:
     frames = len(track)
     step = np.diff(track, axis=0, prepend=track[:1]) * (frames - 1)
     time = np.arange(frames)[:, None] / max(1, frames - 1)
-    return np.concatenate([GRID * (track - track[first]), GRID * step, time], axis=1)
+    return np.concatenate([GRID * (track - track[first]), step, time], axis=1)
 
 
 def look_loss(guesses: torch.Tensor, looks: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
