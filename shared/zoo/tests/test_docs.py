@@ -63,3 +63,10 @@ def test_examples_of_the_readme_say_what_they_give():
 def test_examples_of_the_page_on_real_data_run(capsys):
     play("docs/real.md")
     assert "Paris" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_page_on_questions_about_clips_run():
+    names = play("docs/vlm.md")
+    assert names["answer"] in names["question"].choices
+    assert names["metrics"]["clips"] == len(names["sheets"])
