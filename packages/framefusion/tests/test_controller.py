@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-import written_out
+import ff_written_out
 from framefusion import BudgetError, FrameFusionConfig
 from framefusion.functional import Controller, required_sparsity
 from framefusion.functional.controller import Reducer
@@ -65,7 +65,7 @@ def test_the_trace_is_that_of_the_rule(seed):
 
     ours.step = step
     hidden, trace = run(ours, layers, seed)
-    theirs = written_out.Controller(
+    theirs = ff_written_out.Controller(
         options["cost"],
         options["similarity_threshold"],
         options["merge_floor"],

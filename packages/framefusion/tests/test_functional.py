@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-import written_out
+import ff_written_out
 from framefusion import BudgetError
 from framefusion.functional import (
     adjacent_similarity,
@@ -65,9 +65,9 @@ def test_the_core_equals_the_loops_on_random_layouts(block):
         masks = []
         for row in range(2):
             rows = hidden[row].double().tolist()
-            expected = written_out.predecessor(patch[row].tolist(), stream[row].tolist())
+            expected = ff_written_out.predecessor(patch[row].tolist(), stream[row].tolist())
             assert prev[row].tolist() == expected
-            similar = written_out.similarity(rows, expected)
+            similar = ff_written_out.similarity(rows, expected)
             torch.testing.assert_close(sim[row].double(), torch.tensor(similar).double(), atol=1e-5, rtol=0)
             vision = patch[row] >= 0
             choice = choose_merges(sim[row], prev[row], vision, threshold, cap)
@@ -87,7 +87,7 @@ def test_the_core_equals_the_loops_on_random_layouts(block):
             for row in range(2):
                 weights = None if size is None else size[row].tolist()
                 rows = hidden[row].double().tolist()
-                expected, anchor = written_out.merge(rows, prev[row].tolist(), mask[row].tolist(), weights)
+                expected, anchor = ff_written_out.merge(rows, prev[row].tolist(), mask[row].tolist(), weights)
                 assert merged.anchor[row].tolist() == anchor
                 for place, values in enumerate(expected):
                     wanted = hidden[row, place].tolist() if values is None else values
@@ -110,7 +110,7 @@ def test_importance_is_the_mean_of_the_softmaxes(queries, masked, rng):
     ours = last_query_importance(query, key, 0.5, valid)
     for row in range(2):
         seen = None if valid is None else valid[row].tolist()
-        theirs = written_out.importance(query[row].double().tolist(), key[row].double().tolist(), 0.5, seen)
+        theirs = ff_written_out.importance(query[row].double().tolist(), key[row].double().tolist(), 0.5, seen)
         torch.testing.assert_close(ours[row].double(), torch.tensor(theirs).double(), atol=1e-6, rtol=0)
 
 

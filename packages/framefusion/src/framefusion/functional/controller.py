@@ -184,13 +184,24 @@ class Budget:
 
 @dataclass
 class Selection:
-    """The rows that a stage leaves: `source` (batch, n') int64, where each was; `valid` (batch, n') bool, or None when
-    no row is padding; `group` (batch, n) int64, the new row that each old one went into, -1 for those that vanished."""
+    """What a stage leaves of the rows of a batch, and how to make hidden states of it."""
 
     source: Tensor
+    """(batch, n') int64: where each row was."""
     valid: Tensor | None
+    """(batch, n') bool: rows that are no padding; None when none is."""
     group: Tensor
-    counts: list[int]
+    """(batch, n) int64: the new row that each old one went into, -1 for those that vanished."""
+    segments: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None
+    """Order, starts, places and weights of the groups to average; None when nothing is merged."""
+
+    def apply(self, hidden: Tensor) -> Tensor:
+        """Hidden states (batch, n, channels) -> (batch, n', channels), zero where a row is padding."""
+        if self.segments is None:
+            shorter = take(hidden, self.source)
+        else:
+            shorter = framefusion_segment_mean_compact(hidden, *self.segments)
+        return shorter if self.valid is None else shorter * self.valid[..., None].to(shorter.dtype)
 
 
 @dataclass
@@ -333,11 +344,8 @@ class Reducer:
                 if count:
                     self.budgets[row].tokens -= count
         selection = compact(gone, merged, order, self.lengths)
-        if merged is None:
-            shorter = take(hidden, selection.source)
-        else:
-            assert order is not None
-            shorter = self._average(hidden, order, merged, gone, selection)
+        if merged is not None and order is not None:
+            selection.segments = self._segments(hidden, order, merged, gone, selection)
         if self.size is not None:
             totals = torch.zeros_like(selection.source)
             inside = (selection.group >= 0).to(self.size.dtype)
@@ -349,11 +357,12 @@ class Reducer:
         if self.valid is not None:
             self.patch = self.patch.masked_fill(~self.valid, -1)
             self.stream = self.stream.masked_fill(~self.valid, -1)
-            shorter = shorter * self.valid[..., None].to(shorter.dtype)
-        return shorter, selection
+        return selection.apply(hidden), selection
 
-    def _average(self, hidden: Tensor, order: Order, merged: Tensor, gone: Tensor, selection: Selection) -> Tensor:
-        """Run the segment mean: segments are the anchors with the members that follow them in the order."""
+    def _segments(
+        self, hidden: Tensor, order: Order, merged: Tensor, gone: Tensor, selection: Selection
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Segments are the anchors with the members that follow them in the order."""
         rows = selection.source.shape[1]
         absent = gone.gather(1, order.index)
         # Tokens that are gone must lie in no segment: move them behind, where the segments end.
@@ -371,7 +380,7 @@ class Reducer:
         count = real.sum(1, keepdim=True)
         out_index = torch.where(real, selection.group.gather(1, anchor), spare - count)
         weight = None if self.size is None else self.size.to(torch.promote_types(hidden.dtype, torch.float32))
-        return framefusion_segment_mean_compact(hidden, index, seg_start, out_index, weight)
+        return index, seg_start, out_index, weight
 
 
 def compact(gone: Tensor, merged: Tensor | None, order: Order | None, lengths: Sequence[int]) -> Selection:
@@ -396,7 +405,7 @@ def compact(gone: Tensor, merged: Tensor | None, order: Order | None, lengths: S
         anchor_place = torch.where(merged.gather(1, order.index), -1, place).cummax(1).values
         anchor = torch.empty_like(order.index).scatter_(1, order.index, order.index.gather(1, anchor_place))
         group = torch.where(gone, -1, group.gather(1, anchor))
-    return Selection(source, valid, group, list(lengths))
+    return Selection(source, valid, group)
 
 
 def take(rows: Tensor, source: Tensor) -> Tensor:

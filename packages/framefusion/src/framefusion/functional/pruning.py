@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from pared_kernels import framefusion_last_query_scores
 from torch import Tensor
 
@@ -35,3 +36,15 @@ def choose_kept(importance: Tensor, candidates: Tensor, sparsity: float) -> Tens
     count = kept_count(int(candidates.sum()), sparsity)
     scores = importance.nan_to_num(nan=UNIMPORTANT).masked_fill(~candidates, NOT_COMPETING)
     return ~candidates | most_similar(scores, count)
+
+
+def importance_in_model_dtype(query: Tensor, key: Tensor, scaling: float, key_valid: Tensor | None = None) -> Tensor:
+    """`last_query_importance` with inner products in the dtype of `query`, as the published code has them."""
+    batch, heads, queries, dim = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, dim)
+    logits = (grouped @ key.transpose(-1, -2) * scaling).reshape(batch, heads, queries, -1).float()
+    tokens = key.shape[2]
+    last = torch.arange(tokens - queries, tokens, device=key.device)
+    hidden = torch.arange(tokens, device=key.device) > last[:, None]
+    hidden = hidden if key_valid is None else hidden | ~key_valid[:, None, None, :]
+    return logits.masked_fill(hidden, torch.finfo(torch.float32).min).softmax(-1).mean((1, 2))

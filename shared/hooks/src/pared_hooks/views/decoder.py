@@ -17,7 +17,9 @@ class DecoderFamily:
 
     `decoders` are the class names of the module that owns the layers. `projections`, `mlp_projections` and
     `attention_norms`/`layer_norms` map a role to the attribute on the attention, on the MLP, and on the attention or
-    the layer. A family that fuses projections has a role "qkv" or "gate_up" in place of the separate ones.
+    the layer. A family that fuses projections has a role "qkv" or "gate_up" in place of the separate ones; `optional`
+    are the roles that some of its layers lack. `linear_attention` is the attribute that takes the place of the attention
+    in layers of type "linear_attention".
     """
 
     name: str
@@ -38,6 +40,8 @@ class DecoderFamily:
     norm: str = "norm"
     rotary: str = "rotary_emb"
     embed: str = "embed_tokens"
+    linear_attention: str | None = None
+    optional: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,10 @@ class DecoderLayer:
     attention: nn.Module
     mlp: nn.Module
     projections: Mapping[str, nn.Module]
-    """Roles "query", "key", "value", "output" to linear layers of the attention; a fused one has the role "qkv"."""
+    """Roles "query", "key", "value", "output" to linear layers of the attention; a fused one has the role "qkv".
+
+    Empty for a layer of linear attention; without "key" and "value" where a layer takes those of an earlier one.
+    """
     mlp_projections: Mapping[str, nn.Module]
     """Roles "gate", "up", "down" to linear layers of the MLP ("gate_up": fused); empty for a mixture of experts."""
     norms: Mapping[str, nn.Module]
@@ -167,20 +174,22 @@ def _find(model: nn.Module) -> tuple[nn.Module, DecoderFamily]:
 def _layer(
     family: DecoderFamily, decoder: nn.Module, config: Any, index: int, name: str, module: nn.Module
 ) -> DecoderLayer:
-    attention = _part(module, family.attention, family)
-    mlp = _part(module, family.mlp, family)
     layer_types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     layer_type = layer_types[index] if layer_types else "sliding_attention" if window else "full_attention"
+    linear = family.linear_attention if layer_type == "linear_attention" else None
+    attention = _part(module, family.attention if linear is None else linear, family)
+    mlp = _part(module, family.mlp, family)
     norms = {role: _part(module, attribute, family) for role, attribute in family.layer_norms.items()}
-    norms |= {role: _part(attention, attribute, family) for role, attribute in family.attention_norms.items()}
+    if linear is None:
+        norms |= _roles(attention, family.attention_norms, family)
     return DecoderLayer(
         index=index,
         name=name,
         module=module,
         attention=attention,
         mlp=mlp,
-        projections={role: _part(attention, attribute, family) for role, attribute in family.projections.items()},
+        projections={} if linear is not None else _roles(attention, family.projections, family),
         # A mixture of experts has no single gate, up and down.
         mlp_projections={
             role: getattr(mlp, attribute)
@@ -191,6 +200,14 @@ def _layer(
         layer_type=layer_type,
         sliding_window=window if layer_type == "sliding_attention" else None,
     )
+
+
+def _roles(module: nn.Module, attributes: Mapping[str, str], family: DecoderFamily) -> dict[str, nn.Module]:
+    return {
+        role: _part(module, attribute, family)
+        for role, attribute in attributes.items()
+        if role not in family.optional or isinstance(getattr(module, attribute, None), nn.Module)
+    }
 
 
 def _part(module: nn.Module, attribute: str, family: DecoderFamily) -> nn.Module:

@@ -32,6 +32,15 @@ for _family in (
     ),
     DecoderFamily("qwen2_vl", ("Qwen2VLTextModel",)),
     DecoderFamily("qwen2_5_vl", ("Qwen2_5_VLTextModel",)),
-    DecoderFamily("qwen3_vl", ("Qwen3VLTextModel",), attention_norms=_HEAD_NORMS),
+    DecoderFamily("qwen3_vl", ("Qwen3VLTextModel", "Qwen3VLMoeTextModel"), attention_norms=_HEAD_NORMS),
+    DecoderFamily("qwen3_5", ("Qwen3_5TextModel",), attention_norms=_HEAD_NORMS, linear_attention="linear_attn"),
+    DecoderFamily(
+        "gemma4",
+        ("Gemma4TextModel",),
+        attention_norms=_HEAD_NORMS,
+        layer_norms=_FOUR_NORMS,
+        # Layers that take keys and values from an earlier one have no projections for them, and some values are keys.
+        optional=("key", "value"),
+    ),
 ):
     register_decoder_family(_family)
