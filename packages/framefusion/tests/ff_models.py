@@ -108,6 +108,19 @@ class Family:
     def join(self, name, values):
         return torch.cat([torch.cat(one) for one in values])
 
+    def prompts(self, rng):
+        """Three sequences of unequal length; one with two videos, and an image where the family takes them."""
+        image = [("image", 1), ("text", 9)] if self.images else []
+        more = 4 if self.same_length else 3
+        return [
+            self.prompt(rng, ("text", 4), ("video", 4), ("text", 6)),
+            self.prompt(rng, ("text", 3), *image, ("video", 4), ("text", 14), ("video", more), ("text", 8)),
+            self.prompt(rng, ("text", 2), ("video", 4 if self.same_length else 5), ("text", 3)),
+        ]
+
+    same_length = False
+    """Whether all videos of a batch must have equally many frames."""
+
     def __str__(self):
         return self.name
 
@@ -194,7 +207,7 @@ class Qwen3VLMoe(Qwen3VL):
 
 
 class LlavaOnevision(Family):
-    name, images = "llava-onevision", False
+    name, images, same_length = "llava-onevision", False, True
     trailing = 1
 
     def model(self, **options):
@@ -255,7 +268,7 @@ class InternVL(Family):
         return [t for frame in range(frames) for t in (15, 20 + frame, 9, START, *[IMAGE] * FRAME, END)]
 
     def image(self, rng, count, inputs):
-        return self.video(rng, 1, inputs) * 0 or [t for _ in range(count) for t in self.video(rng, 1, inputs)][: 22 * count]
+        return [token for _ in range(count) for token in self.video(rng, 1, inputs)]
 
 
 class SmolVLM(InternVL):

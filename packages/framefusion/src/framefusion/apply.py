@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -149,8 +150,14 @@ def install(
         patch.wrap_forward(view.model, engine.run_decoder)
         if inner is not view.model:
             patch.wrap_forward(inner, engine.run_inner)
+            for name in ("get_video_features", "get_image_features"):
+                if hasattr(inner, name):
+                    names = tuple(inspect.signature(getattr(type(inner), name)).parameters)[1:]
+                    patch.wrap_method(inner, name, partial(engine.run_features, names))
         if view.root is not inner and view.root is not view.model:
             patch.wrap_forward(view.root, engine.run_root)
+            if hasattr(view.root, "_expand_multimodal_outputs"):
+                patch.wrap_method(view.root, "_expand_multimodal_outputs", engine.run_expand)
             loss: Any = view.root.loss_function
             patch.set_attribute(view.root, "_loss_function", partial(engine.run_loss, loss))
         if hasattr(view.model, "_deepstack_process"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +17,6 @@ from framefusion.attention import KEY
 from framefusion.cache import Applied, check_cache, is_empty, is_reduced, is_static, new_cache, restore, snapshot
 from framefusion.config import FrameFusionConfig
 from framefusion.decoder_layer import SplitLayer, parameters
-from framefusion.errors import LayoutError
 from framefusion.functional.controller import Budget, Reducer, count_tokens
 from framefusion.layout import LayoutResolver, TokenLayout
 from framefusion.masks import as_mask, by_position, is_flash
@@ -85,11 +83,35 @@ class Engine:
             return original(*args, **kwargs)
         if torch.compiler.is_compiling() or self.layout is not None or self._next.get() is not None:
             return original(*args, **kwargs)
-        token = self._pending.set(self.resolver(self._inner, self.config, given))
+        given, repeats = _with_encoded(given)
+        # `generate` repeats every row for its beams; one of each tells where the videos are.
+        layout = self.resolver(self._inner, self.config, {**given, "input_ids": ids[::repeats]})
+        token = self._pending.set(layout)
         try:
             return original(*args, **kwargs)
         finally:
             self._pending.reset(token)
+
+    def run_features(self, names: tuple[str, ...], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Note on the features of videos or images what sizes they came with: `generate` encodes before it prefills."""
+        out = original(*args, **kwargs)
+        if hasattr(out, "pooler_output"):
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            sizes = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+            for name in sizes:
+                if name.startswith("pixel_values"):
+                    sizes[name] = torch.empty(sizes[name].shape, device="meta")
+            setattr(out, SIZES, sizes)
+        return out
+
+    def run_expand(
+        self, original: Callable[..., Any], input_ids: Tensor, encoded: dict[str, Any], expand_size: int = 1, **kw: Any
+    ) -> Any:
+        """Note on the features how often `generate` repeats them."""
+        for features in encoded.values():
+            if features is not None:
+                setattr(features, REPEATS, expand_size)
+        return original(input_ids, encoded, expand_size=expand_size, **kw)
 
     def run_decoder(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the decoder with a request where its prompt has a layout, or its cache is reduced."""
@@ -276,6 +298,21 @@ class Engine:
             self.disabled = before
 
 
+SIZES, REPEATS = "framefusion_sizes", "framefusion_repeats"
+"""Attributes of encoded features."""
+
+
+def _with_encoded(given: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The arguments with those that features encoded before came with, and how often rows are repeated."""
+    encoded = given.get("mm_encoder_outputs") or {}
+    sizes: dict[str, Any] = {}
+    repeats = 1
+    for features in encoded.values():
+        sizes |= getattr(features, SIZES, {})
+        repeats = getattr(features, REPEATS, repeats)
+    return {**given, **{name: value for name, value in sizes.items() if given.get(name) is None}}, repeats
+
+
 def _validity(mask: Any, batch: int, past: int, tokens: int) -> tuple[Tensor | None, Tensor | None]:
     """Which of the new and of the past tokens are no padding, (batch, ...) bool; None: all."""
     mask = next(iter(mask.values()), None) if isinstance(mask, dict) else mask
@@ -292,15 +329,3 @@ def _validity(mask: Any, batch: int, past: int, tokens: int) -> tuple[Tensor | N
     if torch.compiler.is_compiling():
         return new, before if past else None
     return None if bool(new.all()) else new, None if past == 0 or bool(before.all()) else before
-
-
-def warn_without_ids() -> None:
-    """Say once that a prompt of embeddings alone stays dense."""
-    warnings.warn(
-        "a prompt came as inputs_embeds without input_ids: where its videos are is unknown, and it stays dense. Call "
-        "handle.set_layout(...) before it",
-        stacklevel=3,
-    )
-
-
-__all__ = ["Engine", "LayoutError", "Strategy"]

@@ -43,6 +43,18 @@ def placeholders(input_ids: Tensor, token: int | None) -> Tensor:
     return (input_ids == token).cpu()
 
 
+def require_sizes(inputs: Mapping[str, Any], *names: str) -> list[Tensor]:
+    """The tensors of these names. Raises `LayoutError` when the prompt has vision tokens and one is missing."""
+    found = [inputs.get(name) for name in names]
+    missing = [name for name, value in zip(names, found, strict=True) if not isinstance(value, Tensor)]
+    if missing:
+        raise LayoutError(
+            f"{missing[0]} is missing although the prompt has vision tokens: where their frames begin is unknown. Pass "
+            "it, or call handle.set_layout(...) before; chunked prefill needs a layout for every chunk"
+        )
+    return [value for value in found if isinstance(value, Tensor)]
+
+
 def split_rows(where: Tensor, lengths: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
     """Yield (row, places) of videos that fill the places of a batch one after the other, `lengths` tokens each.
 

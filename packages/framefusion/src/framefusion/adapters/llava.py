@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from framefusion.adapters.base import append, frames_from_runs, placeholders, resolver, split_rows
+from framefusion.adapters.base import append, frames_from_runs, placeholders, require_sizes, resolver, split_rows
 from framefusion.config import FrameFusionConfig
 from framefusion.layout import TokenLayout
 
@@ -34,8 +34,8 @@ def _videos(
     settings: Any = model.config
     ids, layout = inputs["input_ids"], None
     videos = placeholders(ids, settings.video_token_id)
-    pixels = inputs.get("pixel_values_videos")
-    if videos.any() and isinstance(pixels, Tensor):
+    if videos.any():
+        (pixels,) = require_sizes(inputs, "pixel_values_videos")
         layout = TokenLayout.empty(*ids.shape)
         count, frames = pixels.shape[:2]
         numbers: dict[int, int] = {}

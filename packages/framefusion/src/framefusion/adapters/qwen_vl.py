@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from framefusion.adapters.base import append, image_frames, placeholders, resolver, split_rows
+from framefusion.adapters.base import append, image_frames, placeholders, require_sizes, resolver, split_rows
 from framefusion.config import FrameFusionConfig
 from framefusion.layout import TokenLayout
 
@@ -20,7 +20,8 @@ def qwen_vl(model: nn.Module, config: FrameFusionConfig, inputs: Mapping[str, An
     ids = inputs["input_ids"]
     videos = placeholders(ids, settings.video_token_id)
     layout = None
-    if videos.any() and isinstance(grid := inputs.get("video_grid_thw"), Tensor):
+    if videos.any():
+        (grid,) = require_sizes(inputs, "video_grid_thw")
         layout = TokenLayout.empty(*ids.shape)
         sizes = grid.tolist()
         numbers: dict[int, int] = {}
@@ -30,8 +31,8 @@ def qwen_vl(model: nn.Module, config: FrameFusionConfig, inputs: Mapping[str, An
             layout.place(row, places, height * width // area, numbers.setdefault(row, 0))
             numbers[row] += 1
     images = placeholders(ids, settings.image_token_id)
-    grid = inputs.get("image_grid_thw")
-    if config.image_streams == "always" and images.any() and isinstance(grid, Tensor):
+    if config.image_streams == "always" and images.any():
+        (grid,) = require_sizes(inputs, "image_grid_thw")
         sizes = [tuple(size) for size in grid.tolist()]
         layout = append(layout, image_frames(images, sizes, [t * h * w // area for t, h, w in sizes]))
     return layout

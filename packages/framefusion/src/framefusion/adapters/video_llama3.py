@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framefusion.adapters.base import append, image_frames, placeholders, resolver, split_rows
+from framefusion.adapters.base import append, image_frames, placeholders, require_sizes, resolver, split_rows
 from framefusion.config import FrameFusionConfig
 from framefusion.layout import TokenLayout
 
@@ -19,8 +19,8 @@ def video_llama3(model: nn.Module, config: FrameFusionConfig, inputs: Mapping[st
     settings: Any = model.config
     ids, layout = inputs["input_ids"], None
     videos = placeholders(ids, settings.video_token_id)
-    grid, merges = inputs.get("video_grid_thw"), inputs.get("video_merge_sizes")
-    if videos.any() and isinstance(grid, Tensor) and isinstance(merges, Tensor):
+    if videos.any():
+        grid, merges = require_sizes(inputs, "video_grid_thw", "video_merge_sizes")
         areas = [size**2 for size in merges.tolist()]
         counts = [t * h * w // area for (t, h, w), area in zip(grid.tolist(), areas, strict=True)]
         patches = [h * w // area for (_, h, w), area in zip(grid.tolist(), areas, strict=True)]
@@ -36,9 +36,8 @@ def video_llama3(model: nn.Module, config: FrameFusionConfig, inputs: Mapping[st
             layout.stream[row, places] = numbers.setdefault(row, 0)
             numbers[row] += 1
     images = placeholders(ids, settings.image_token_id)
-    grid, merges = inputs.get("image_grid_thw"), inputs.get("image_merge_sizes")
-    both = isinstance(grid, Tensor) and isinstance(merges, Tensor)
-    if config.image_streams == "always" and images.any() and both:
+    if config.image_streams == "always" and images.any():
+        grid, merges = require_sizes(inputs, "image_grid_thw", "image_merge_sizes")
         sizes = [(*size, merge) for size, merge in zip(grid.tolist(), merges.tolist(), strict=True)]
         lengths = [t * h * w // merge**2 for t, h, w, merge in sizes]
         layout = append(layout, image_frames(images, sizes, lengths))
