@@ -243,7 +243,8 @@ def _unsupported(cache: Cache, kind: type) -> UnsupportedCacheError:
 def adopt(cache: Cache, layers: int, applied: Applied, positions: Tensor, valid: Tensor | None) -> None:
     """Let all attention layers of a cache hold numbers of tokens of their own.
 
-    A layer with content holds the first tokens of the sequence that `positions` (batch, n) and `valid` describe.
+    A layer with content holds the first tokens of the sequence that `positions` (batch, n) and `valid` describe, or the
+    last of these where it has a window.
     """
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < layers:
@@ -252,15 +253,17 @@ def adopt(cache: Cache, layers: int, applied: Applied, positions: Tensor, valid:
     for index, layer in enumerate(cache.layers):
         if is_reduced(layer) or isinstance(layer, LinearAttentionLayer) or not hasattr(layer, "keys"):
             continue
+        held = int(layer.get_seq_length()) if layer.is_initialized else 0
+        first = 0
         if isinstance(layer, DynamicSlidingWindowLayer):
+            first = held - layer.keys.shape[-2] if layer.is_initialized else 0
             # Its window would count tokens that are there, not the distance in the sequence; the mask does that.
             plain = DynamicLayer()
             vars(plain).update({name: value for name, value in vars(layer).items() if name in _KEPT})
             cache.layers[index] = layer = plain
-        held = int(layer.get_seq_length()) if layer.is_initialized else 0
         static = isinstance(layer, StaticLayer)
         layer.__class__ = _reduced_class(type(layer), _ReducedStatic if static else _ReducedDynamic)
-        layer.begin(applied, positions[:, :held], None if valid is None else valid[:, :held], held)
+        layer.begin(applied, positions[:, first:held], None if valid is None else valid[:, first:held], held)
 
 
 _KEPT = ("keys", "values", "is_initialized", "dtype", "device")

@@ -26,6 +26,8 @@ def video_llama3(model: nn.Module, config: FrameFusionConfig, inputs: Mapping[st
         patches = [h * w // area for (_, h, w), area in zip(grid.tolist(), areas, strict=True)]
         mask = inputs.get("video_compression_mask")
         kept = mask.cpu() if isinstance(mask, Tensor) else torch.ones(sum(counts), dtype=torch.bool)
+        # For beams `generate` repeats each entry of the mask, as it does with rows of a batch.
+        kept = kept[:: max(1, len(kept) // sum(counts))]
         present = [one.nonzero().flatten() for one in kept.split(counts)]
         layout = TokenLayout.empty(*ids.shape)
         numbers: dict[int, int] = {}
