@@ -96,10 +96,10 @@ class Family:
         pads = [longest - len(one.ids) for one in prompts]
         out = {
             "input_ids": torch.tensor([[0] * pad + one.ids for pad, one in zip(pads, prompts, strict=True)]),
-            "attention_mask": torch.tensor([[0] * pad + [1] * len(one.ids) for pad, one in zip(pads, prompts)]),
+            "attention_mask": torch.tensor([[0] * pad + [1] * len(one.ids) for pad, one in zip(pads, prompts, strict=False)]),
         }
         if self.types is not None:
-            out[self.types] = torch.tensor([[0] * pad + one.types for pad, one in zip(pads, prompts)])
+            out[self.types] = torch.tensor([[0] * pad + one.types for pad, one in zip(pads, prompts, strict=False)])
         names = dict.fromkeys(name for one in prompts for name in one.inputs)
         for name in names:
             out[name] = self.join(name, [one.inputs[name] for one in prompts if name in one.inputs])

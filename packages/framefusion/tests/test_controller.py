@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
+import ff_written_out
 import pytest
 import torch
-import ff_written_out
 from framefusion import BudgetError, FrameFusionConfig
 from framefusion.functional import Controller, required_sparsity
 from framefusion.functional.controller import Reducer
@@ -94,14 +94,17 @@ def test_a_cost_of_one_removes_nothing_and_ends_at_once():
     after, kept = controller.step(hidden)
     assert after is hidden
     assert kept.tolist() == list(range(12))
-    assert controller.merging_done and controller.pruning_done and controller.fractions == []
+    assert controller.merging_done
+    assert controller.pruning_done
+    assert controller.fractions == []
 
 
 def test_the_cap_merges_exactly_what_the_budget_asks_whatever_the_threshold(rng):
     controller = Controller(FrameFusionConfig(cost=0.5, similarity_threshold=-1.0), *block(10, 4), 8)
     after, kept = controller.step(torch.randn(1, 40, 6, generator=rng))
     assert after.shape[1] == len(kept) == 20
-    assert controller.fractions == [] and controller.pruning_done
+    assert controller.fractions == []
+    assert controller.pruning_done
 
 
 def test_where_too_few_have_a_predecessor_the_next_stage_prunes_the_rest(rng):
@@ -110,7 +113,8 @@ def test_where_too_few_have_a_predecessor_the_next_stage_prunes_the_rest(rng):
     _, kept = controller.step(torch.randn(1, 20, 6, generator=rng))
     assert kept.tolist() == list(range(10))
     assert controller.fractions == [0.5]
-    assert controller.wants_importance and not controller.pruning_done
+    assert controller.wants_importance
+    assert not controller.pruning_done
     with pytest.raises(ValueError, match="importance"):
         controller.step(torch.zeros(1, 10, 6))
     importance = torch.arange(10.0)[None]
@@ -182,7 +186,7 @@ def test_a_batch_is_its_rows_one_by_one(rng):
     rows = [random_layout(seed, batch=1) for seed in (901, 902, 903)]
     longest = max(patch.shape[1] for patch, _ in rows)
     pads = [longest - patch.shape[1] for patch, _ in rows]
-    padded = [tuple(torch.nn.functional.pad(one, (pad, 0), value=-1) for one in row) for pad, row in zip(pads, rows)]
+    padded = [tuple(torch.nn.functional.pad(one, (pad, 0), value=-1) for one in row) for pad, row in zip(pads, rows, strict=False)]
     patch, stream = (torch.cat([row[i] for row in padded]) for i in range(2))
     valid = torch.arange(longest) >= torch.tensor(pads)[:, None]
     config = FrameFusionConfig(cost=0.5, similarity_threshold=0.9, min_keep=0)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
+import ff_written_out
 import pytest
 import torch
-import ff_written_out
 from framefusion import BudgetError
 from framefusion.functional import (
     adjacent_similarity,
@@ -122,7 +122,7 @@ def test_all_that_do_not_compete_stay_and_counts_are_rounded_half_to_even(rng):
         assert kept[~candidates].all()
         best = sorted(candidates.nonzero().flatten().tolist(), key=lambda i: -importance[i])
         count = round(15 * (1 - sparsity))
-        assert kept.nonzero().flatten().tolist() == sorted(best[:count] + [0, 4, 8, 12, 16])
+        assert kept.nonzero().flatten().tolist() == sorted([*best[:count], 0, 4, 8, 12, 16])
     assert choose_kept(importance[:5], torch.ones(5, dtype=torch.bool), 0.5).sum() == 2
 
 

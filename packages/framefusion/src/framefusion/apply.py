@@ -19,7 +19,7 @@ from framefusion.engine import Engine, Strategy
 from framefusion.errors import LayoutError
 from framefusion.layout import LayoutResolver, TokenLayout
 from framefusion.request import StageTrace
-from framefusion.stats import Stats
+from framefusion.stats import Sizes, Stats
 
 OWNER = "framefusion"
 SITE = "decoder.tokens"
@@ -49,6 +49,17 @@ class FrameFusionHandle(Handle):
         """(batch, tokens) int64: the row of the last prompt's end that each token went into, -1 where it vanished."""
         request = self._engine.last
         return None if request is None else request.groups()
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """Where the videos of the last prompt were."""
+        request = self._engine.last
+        return None if request is None else request.layout
+
+    @property
+    def sizes(self) -> Sizes:
+        """Widths of the decoder, which FLOPs are computed from."""
+        return self._engine.stats.sizes
 
     def stats(self) -> dict[str, Any]:
         """What was done since the last reset, as averages over the sequences that had vision tokens.

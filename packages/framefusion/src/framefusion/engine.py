@@ -250,7 +250,9 @@ class Engine:
         for layer in cache.layers if reduced and isinstance(cache, Cache) else ():
             if is_reduced(layer):
                 layer.check()
-        return Request(self, reducer, (batch, tokens), past, cache, valid, past_valid, inputs.device), given
+        request = Request(self, reducer, (batch, tokens), past, cache, valid, past_valid, inputs.device)
+        request.layout = layout
+        return request, given
 
     def _reducer(self, layout: TokenLayout, valid: Tensor | None, device: torch.device) -> Reducer | None:
         patch, stream = layout.patch, layout.stream

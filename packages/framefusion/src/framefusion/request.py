@@ -13,6 +13,7 @@ from framefusion.attention import KEY
 from framefusion.cache import Incoming, adopt, is_reduced, is_static
 from framefusion.decoder_layer import SplitLayer
 from framefusion.functional.controller import Reducer, Selection
+from framefusion.layout import TokenLayout
 from framefusion.masks import as_mask, by_position, gathered, is_flash, widened
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Request:
         self.valid = valid
         self.past_valid = past_valid
         self.device = device
+        self.layout: TokenLayout | None = None
         self.wanting = False
         self.importance: Tensor | None = None
         self.trace: list[StageTrace] = []

@@ -16,11 +16,10 @@ from pared_kernels import framefusion_segment_mean_compact
 from torch import Tensor
 
 from framefusion.config import FrameFusionConfig
-from framefusion.errors import BudgetError
 from framefusion.functional.budget import remaining_budget, required_sparsity
 from framefusion.functional.merging import defined, most_similar
 from framefusion.functional.pruning import NOT_COMPETING, UNIMPORTANT, kept_count
-from framefusion.functional.similarity import NO_PREDECESSOR, Order, adjacent_similarity, predecessors, sort_tokens
+from framefusion.functional.similarity import Order, adjacent_similarity, predecessors, sort_tokens
 
 PROTECTED = 4.0
 """What the importance of a token is raised by when it must stay."""

@@ -1,0 +1,46 @@
+"""Ways to meet a cost, by name: FrameFusion, its two halves, and the methods it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from framefusion.apply import FrameFusionHandle, apply
+from framefusion.baselines import (
+    apply_evs,
+    apply_fastv,
+    apply_frame_subsample,
+    apply_random,
+    apply_window,
+    fastv_share,
+)
+from framefusion.config import FrameFusionConfig
+
+Arm = Callable[[Any], FrameFusionHandle]
+"""Takes the model and returns the handle of the method on it."""
+
+OURS = "framefusion"
+FASTV_LAYER = 2
+
+
+def arms(config: FrameFusionConfig, depth: int, seed: int = 0) -> dict[str, Arm]:
+    """The arms at `config.cost`, averaged over `depth` layers; `seed` is that of the random one."""
+    cost = config.cost
+    layer = FASTV_LAYER if fastv_share(cost, FASTV_LAYER, depth) > 0 else 1
+    share = fastv_share(cost, layer, depth)
+    found: dict[str, Arm] = {
+        OURS: lambda model: apply(model, config),
+        # Every token is alike enough: the budget decides, at once.
+        "similarity alone": lambda model: apply(model, config.replace(similarity_threshold=-1.0)),
+        # No token is: all is left to pruning.
+        "importance alone": lambda model: apply(model, config.replace(similarity_threshold=1.0)),
+        "evs": lambda model: apply_evs(model, 1 - cost),
+        "random": lambda model: apply_random(model, 1 - cost, torch.Generator().manual_seed(seed)),
+        "uniform frames": lambda model: apply_frame_subsample(model, cost),
+        "window": lambda model: apply_window(model, cost),
+    }
+    if share > 0:
+        found["fastv"] = lambda model: apply_fastv(model, layer, share)
+    return found
