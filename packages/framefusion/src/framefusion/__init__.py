@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # `framefusion.apply` is a function: this import rebinds the name that importing the submodule binds.
 from framefusion.apply import FrameFusionHandle, applied, apply
+from framefusion.calibrate import calibrate
 from framefusion.config import FrameFusionConfig
 from framefusion.errors import BudgetError, LayoutError, StaleCacheError, UnsupportedCacheError, UnsupportedLayerError
 from framefusion.layout import TokenLayout, VideoBlock
@@ -24,4 +25,5 @@ __all__ = [
     "VideoBlock",
     "applied",
     "apply",
+    "calibrate",
 ]

@@ -64,8 +64,8 @@ def _film(clip: str, frames: int) -> Any:
 
     if not Path(clip).exists():
         try:
-            from pared_zoo.real import CLIPS
-            from pared_zoo.real import clip as film
+            from pared_zoo.real.clips import CLIPS
+            from pared_zoo.real.clips import clip as film
         except ModuleNotFoundError:
             return read_film(clip, frames)
         if clip in CLIPS:

@@ -33,7 +33,7 @@ def fit_frames(film: np.ndarray, frames: int, side: int) -> Tensor:
 @torch.no_grad()
 def run(context: BenchContext, world: World) -> list[Record]:
     """Shares above thresholds by layer for three films and for the first picture of each, repeated; what is merged."""
-    from pared_zoo.real import CLIPS, clip
+    from pared_zoo.real.clips import CLIPS, clip
 
     side = world.model.config.vision_config.image_size
     records = []

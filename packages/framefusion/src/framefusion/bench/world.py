@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class World:
     def frame_tokens(self) -> int:
         """Tokens of one frame."""
         vision = self.model.config.vision_config
-        return -((-(vision.image_size // vision.patch_size) // 2) ** 2)
+        return int(math.ceil(vision.image_size // vision.patch_size / 2) ** 2)
 
     @property
     def depth(self) -> int:
