@@ -41,6 +41,8 @@ class Engine:
     ) -> None:
         self.view, self.config, self.base = view, config, base
         self.resolver, self.layout = resolver, layout
+        # Counted here, so that a compiled prefill has nothing to ask the device for.
+        self._counts = count_tokens(layout.patch, layout.stream) if isinstance(layout, TokenLayout) else []
         self.layers = [SplitLayer(layer) for layer in view.layers]
         self.applied = Applied()
         self.disabled = False
@@ -256,7 +258,7 @@ class Engine:
 
     def _reducer(self, layout: TokenLayout, valid: Tensor | None, device: torch.device) -> Reducer | None:
         patch, stream = layout.patch, layout.stream
-        counts = count_tokens(patch, stream)
+        counts = self._counts if layout is self.layout else count_tokens(patch, stream)
         if any(0 < tokens < self.config.min_vision_tokens for tokens, *_ in counts):
             few = torch.tensor([tokens < self.config.min_vision_tokens for tokens, *_ in counts])[:, None]
             patch, stream = (one.masked_fill(few.to(one.device), -1) for one in (patch, stream))

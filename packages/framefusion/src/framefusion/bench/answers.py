@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pared_bench import BenchContext, Record
+from torch import Tensor
 
 from framefusion.apply import FrameFusionHandle
 from framefusion.bench.arms import OURS, arms
@@ -59,7 +60,7 @@ def run(context: BenchContext, world: World, questions: int, seeds: int) -> list
         blocks = list(_blocks(world, questions, seed))
         _ask(context, world, blocks, None, outcomes.setdefault((DENSE, 0.0), Outcome()))
         for reduction, config in configs.items():
-            for name, arm in arms(config, world.depth, seed).items():
+            for name, arm in arms(config, world.depth, world.layout, seed).items():
                 handle = arm(world.model)
                 try:
                     _ask(context, world, blocks, handle, outcomes.setdefault((name, reduction), Outcome()))
@@ -68,8 +69,8 @@ def run(context: BenchContext, world: World, questions: int, seeds: int) -> list
     return list(_records(world, outcomes, configs, questions, seeds))
 
 
-def _blocks(world: World, questions: int, seed: int) -> Iterator[tuple[dict[str, Any], list[tuple[str, str]]]]:
-    """Arguments of the model, and (task, answer) of each of its prompts."""
+def _blocks(world: World, questions: int, seed: int) -> Iterator[tuple[dict[str, Any], Tensor, list[tuple[str, str]]]]:
+    """Arguments of the model, encoded clips, and (task, answer) of each prompt."""
     from pared_zoo.recipes.exam import EXAM_SEED, exam, exam_pixels
 
     first = EXAM_SEED + 1000 * seed
@@ -79,15 +80,16 @@ def _blocks(world: World, questions: int, seed: int) -> Iterator[tuple[dict[str,
     for start in range(0, len(asked), BLOCK):
         block = asked[start : start + BLOCK]
         frames = pixels[torch.tensor([clip for clip, _, _ in block])]
-        yield world.prompts(frames, [one.text for _, _, one in block]), [(task, one.answer) for _, task, one in block]
+        inputs = world.prompts(frames, [one.text for _, _, one in block])
+        yield inputs, world.encode(inputs), [(task, one.answer) for _, task, one in block]
 
 
 def _ask(
     context: BenchContext, world: World, blocks: list[Any], handle: FrameFusionHandle | None, outcome: Outcome
 ) -> None:
     right: dict[str, list[float]] = {}
-    for inputs, wanted in context.track(blocks, "ask", len(blocks)):
-        for (task, answer), found in zip(wanted, world.answer(inputs), strict=True):
+    for inputs, features, wanted in context.track(blocks, "ask", len(blocks)):
+        for (task, answer), found in zip(wanted, world.answer(inputs, features), strict=True):
             right.setdefault(task, []).append(float(found == answer))
     outcome.right.append(right)
     if handle is not None:

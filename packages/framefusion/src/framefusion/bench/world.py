@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from framefusion.layout import TokenLayout, VideoBlock
 
 FRAMES = 16
 CALIBRATION_SEED = 50_000
@@ -71,8 +73,28 @@ class World:
         return {name: value.to(self.model.device) for name, value in inputs.items() if isinstance(value, Tensor)}
 
     @torch.no_grad()
-    def answer(self, inputs: dict[str, Any], tokens: int = 5) -> list[str]:
-        """Greedy answers, without the special tokens."""
+    def encode(self, inputs: dict[str, Any]) -> Tensor:
+        """What the vision tower makes of the clips, for all ways to answer about them."""
+        pixels = inputs["pixel_values_videos"]
+        features: Tensor = self.model.model.get_video_features(pixels, return_dict=True).pooler_output
+        return features
+
+    def layout(self, inputs: Mapping[str, Any]) -> TokenLayout:
+        """Where the clip is in each row of a batch."""
+        where = (inputs["input_ids"] == self.model.config.video_token_id).cpu()
+        blocks = [
+            [VideoBlock(int(row.int().argmax()), int(row.sum()) // self.frame_tokens, self.frame_tokens)]
+            for row in where
+        ]
+        return TokenLayout.from_blocks(where.shape[1], *blocks)
+
+    @torch.no_grad()
+    def answer(self, inputs: dict[str, Any], features: Tensor, tokens: int = 5) -> list[str]:
+        """Greedy answers about encoded clips, without the special tokens."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
         prompt = inputs["input_ids"].shape[1]
-        out = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        encoded = {"video": BaseModelOutputWithPooling(pooler_output=features)}
+        out = self.model.generate(**given, mm_encoder_outputs=encoded, max_new_tokens=tokens, do_sample=False)
         return [text.strip() for text in self.processor.batch_decode(out[:, prompt:], skip_special_tokens=True)]
