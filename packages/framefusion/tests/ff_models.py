@@ -1,4 +1,5 @@
-"""Tiny models of the real classes with random weights, and prompts with videos and images as their processors make them.
+# ruff: noqa: RUF012
+"""Tiny models of the real classes with random weights, and prompts as their processors make them.
 
 Every frame is 16 tokens. A prompt is a list of parts: ("text", n), ("video", frames), ("image", n).
 """
@@ -96,7 +97,9 @@ class Family:
         pads = [longest - len(one.ids) for one in prompts]
         out = {
             "input_ids": torch.tensor([[0] * pad + one.ids for pad, one in zip(pads, prompts, strict=True)]),
-            "attention_mask": torch.tensor([[0] * pad + [1] * len(one.ids) for pad, one in zip(pads, prompts, strict=False)]),
+            "attention_mask": torch.tensor(
+                [[0] * pad + [1] * len(one.ids) for pad, one in zip(pads, prompts, strict=False)]
+            ),
         }
         if self.types is not None:
             out[self.types] = torch.tensor([[0] * pad + one.types for pad, one in zip(pads, prompts, strict=False)])

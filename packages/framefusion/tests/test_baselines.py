@@ -36,7 +36,8 @@ def test_whole_frames_are_spread_evenly(case):
     model, inputs = case
     with apply_frame_subsample(model, 0.25) as handle:
         logits(model, inputs)
-        assert sorted({frame for frame, _ in left(handle)}) == [3, 7] and len(left(handle)) == 32
+        assert sorted({frame for frame, _ in left(handle)}) == [3, 7]
+        assert len(left(handle)) == 32
 
 
 def test_a_window_keeps_the_first_and_the_latest(case):
@@ -52,7 +53,9 @@ def test_evs_drops_what_is_like_the_frame_before_and_keeps_the_first_frame(case)
     with apply_evs(model, 0.5) as handle:
         logits(model, inputs)
         frames = [frame for frame, _ in left(handle)]
-        assert frames.count(0) == 16 and 3 not in frames and len(frames) == 64
+        assert frames.count(0) == 16
+        assert 3 not in frames
+        assert len(frames) == 64
 
 
 def test_random_tokens_follow_the_generator(case):

@@ -29,7 +29,8 @@ from pared_hooks import ConfigError
 def test_a_wrong_value_names_its_field(field, value):
     with pytest.raises(ConfigError, match=field) as caught:
         FrameFusionConfig(**{field: value})
-    assert isinstance(caught.value, ValueError) and caught.value.field == field
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.field == field
 
 
 def test_a_configuration_survives_json():

@@ -117,6 +117,11 @@ def test_a_padded_batch_is_its_prompts_one_by_one(name, attention, tiny, rng):
             torch.testing.assert_close(logits(model, together), torch.cat(alone), atol=1e-4, rtol=1e-4)
             costs, tolerance = handle.stats()["costs"], one_token(handle)
             assert greedy(model, together)[:, -5:].equal(torch.stack(singles))
+            draws = []
+            for _ in range(2):
+                torch.manual_seed(3)
+                draws.append(model.generate(**copy.deepcopy(together), max_new_tokens=5, do_sample=True))
+            assert draws[0].equal(draws[1])
         assert costs == pytest.approx([0.4] * 3, abs=tolerance)
     finally:
         model.set_attn_implementation("sdpa")

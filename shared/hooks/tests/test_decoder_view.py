@@ -26,6 +26,7 @@ MULTIMODAL = {  # own projector?
     "llava-next-video": True,
     "video-llama3": True,
     "qwen2_vl": False,
+    "qwen3_vl_moe": False,
 }
 MORE = tiny.more_decoders()
 
@@ -171,6 +172,23 @@ def test_sliding_layers_know_their_window():
     view = DecoderView.of(tiny.gemma3())
     assert [layer.layer_type for layer in view.layers] == ["sliding_attention", "full_attention"]
     assert [layer.sliding_window for layer in view.layers] == [4, None]
+
+
+def test_a_layer_of_linear_attention_has_a_mixer_without_projections():
+    view = DecoderView.of(tiny.qwen3_5())
+    first, second = view.layers
+    assert first.layer_type == "linear_attention"
+    assert first.attention is first.module.linear_attn
+    assert dict(first.projections) == {}
+    assert sorted(first.norms) == ["attention", "mlp"]
+    assert second.attention is second.module.self_attn
+    assert "query" in second.norms
+
+
+def test_a_layer_that_takes_keys_from_an_earlier_one_has_none_of_its_own():
+    view = DecoderView.of(tiny.gemma4())
+    assert ["key" in layer.projections for layer in view.layers] == [True, True, False, False]
+    assert all({"query", "output"} <= set(layer.projections) for layer in view.layers)
 
 
 def test_a_bare_decoder_has_no_head():

@@ -476,6 +476,9 @@ def more_decoders():
         "llava-next-video": (llava_next_video, "llama"),
         "video-llama3": (video_llama3, "qwen2"),
         "qwen2_vl": (qwen2_vl, "qwen2_vl"),
+        "qwen3_vl_moe": (qwen3_vl_moe, "qwen3_vl"),
+        "qwen3_5": (qwen3_5, "qwen3_5"),
+        "gemma4": (gemma4, "gemma4"),
     }
 
 
@@ -611,6 +614,36 @@ def qwen3_vl():
         },
     )
     return Qwen3VLForConditionalGeneration(config).eval()
+
+
+def qwen3_vl_moe():
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = Qwen3VLMoeConfig(**qwen3_vl().config.to_dict())
+    text = config.text_config.to_dict() | experts | {"model_type": "qwen3_vl_moe_text"}
+    vision = config.vision_config.to_dict()
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision)).eval()
+
+
+def qwen3_5():
+    """A text model whose first layer is one of linear attention."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    layers = {"layer_types": ["linear_attention", "full_attention"]}
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**TEXT, head_dim=16, **linear, **layers)).eval()
+
+
+def gemma4():
+    """A text model whose last two layers take keys and values from the ones before."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 4}
+    heads = {"head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 8}
+    shared = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 64, "num_hidden_layers": 4}
+    return Gemma4ForCausalLM(Gemma4TextConfig(**{**TEXT, **shared}, **heads, **layers)).eval()
 
 
 def internvl():

@@ -180,6 +180,6 @@ def _check_model(view: DecoderView) -> None:
     shared = [layer.index for layer in view.layers if getattr(layer.attention, "is_kv_shared_layer", False)]
     if shared:
         raise UnsupportedModelError(
-            f"{type(view.model).__name__}: layers {shared[0]} to {shared[-1]} reuse the keys of an earlier layer, which "
-            "then holds other tokens than they do; models with num_kv_shared_layers > 0 are not supported"
+            f"{type(view.model).__name__}: layers {shared[0]} to {shared[-1]} reuse the keys of an earlier layer, "
+            "which then holds other tokens than they do; models with num_kv_shared_layers > 0 are not supported"
         )

@@ -42,7 +42,7 @@ class FrameFusionConfig(Config):
     min_vision_tokens: int = 0
     """Sequences with fewer vision tokens stay dense."""
     image_streams: Literal["auto", "always", "never"] = "auto"
-    """Images of equal size in one prompt count as the frames of a video: where the family shows videos so, all, none."""
+    """Which images of equal size count as the frames of a video: where the family shows videos so, all, or none."""
     placement: Literal["post_attention", "layer_input"] = "post_attention"
     """Stages run before the MLP (published), or at the input of the next layer, which any layer class allows."""
     merge_ratios: tuple[float, ...] | None = None

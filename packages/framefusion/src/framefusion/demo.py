@@ -44,8 +44,8 @@ def run(
 ) -> DemoResult:
     """Ask about a clip of the zoo's world, or about a video file, dense and with FrameFusion.
 
-    `model` is a model's id or folder for its transformers classes; without it, the zoo's vlm-world. Raises `ConfigError`
-    for a wrong cost or threshold, ValueError for a question without a video or fewer than two frames.
+    `model` is the id or folder of a model of transformers; without it, the zoo's vlm-world. Raises `ConfigError` for a
+    wrong cost or threshold, ValueError for a question without a video or fewer than two frames.
     """
     config = FrameFusionConfig(cost=cost, similarity_threshold=threshold)
     if frames < 2:

@@ -103,7 +103,8 @@ class TokenLayout:
                 raise LayoutError(f"{name} is {found}; valid: an int64 tensor (batch, tokens)")
             if tuple(value.shape) != shape or value.device != self.patch.device:
                 raise LayoutError(
-                    f"{name} has shape {tuple(value.shape)} on {value.device}; valid: {shape} on {self.patch.device}, as patch"
+                    f"{name} has shape {tuple(value.shape)} on {value.device}; valid: {shape} on {self.patch.device}, "
+                    "as patch"
                 )
             if bool((value < -1).any()):
                 raise LayoutError(f"{name} has {int(value.min())}; valid: numbers from 0, or -1 outside")
@@ -117,4 +118,4 @@ class TokenLayout:
 
 
 LayoutResolver = Callable[[Mapping[str, Any]], "TokenLayout | None"]
-"""Takes the arguments of the model's forward by name and returns the layout of their sequence, or None without video."""
+"""Takes the arguments of the model's forward by name and returns the layout of the prompt, or None without video."""

@@ -15,7 +15,7 @@ from framefusion.layout import TokenLayout
 
 @resolver("VideoLlama3Model")
 def video_llama3(model: nn.Module, config: FrameFusionConfig, inputs: Mapping[str, Any]) -> TokenLayout | None:
-    """The j-th token before `video_compression_mask` is patch j mod P of frame j div P; only those it keeps are there."""
+    """Token j before `video_compression_mask` is patch j mod P of frame j div P; only those it keeps are there."""
     settings: Any = model.config
     ids, layout = inputs["input_ids"], None
     videos = placeholders(ids, settings.video_token_id)

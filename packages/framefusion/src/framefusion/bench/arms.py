@@ -27,7 +27,7 @@ FASTV_LAYER = 2
 
 
 def arms(config: FrameFusionConfig, depth: int, layout: LayoutResolver | None = None, seed: int = 0) -> dict[str, Arm]:
-    """The arms at `config.cost`, averaged over `depth` layers, with videos where `layout` says; `seed` is that of the random one."""
+    """The arms at `config.cost` over `depth` layers, with videos where `layout` says; `seed` is the random one's."""
     cost = config.cost
     layer = FASTV_LAYER if fastv_share(cost, FASTV_LAYER, depth) > 0 else 1
     share = fastv_share(cost, layer, depth)

@@ -17,7 +17,7 @@ RANKED_LAYERS = 5
 
 @torch.no_grad()
 def run(context: BenchContext, world: World) -> list[Record]:
-    """Mean cosines of three kinds of pairs at the LLM's input, the share above thresholds by layer, rank correlation."""
+    """Mean cosines of three kinds of pairs at the LLM's input; by layer, shares above thresholds, rank correlation."""
     from pared_zoo.recipes.exam import exam, exam_pixels
 
     sheets = exam(max(1, CLIPS // 16), CALIBRATION_SEED + 1, FRAMES)[:CLIPS]

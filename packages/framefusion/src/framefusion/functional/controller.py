@@ -29,7 +29,7 @@ Kind = Literal["none", "merge", "capped", "prune"]
 
 @dataclass(frozen=True)
 class Decision:
-    """What a stage does to one row: `amount` tokens are merged (merge, capped) or are left of the candidates (prune)."""
+    """What a stage does to one row: `amount` tokens are merged (merge, capped) or left of the candidates (prune)."""
 
     kind: Kind
     amount: int = 0

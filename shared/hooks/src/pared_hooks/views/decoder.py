@@ -18,8 +18,8 @@ class DecoderFamily:
     `decoders` are the class names of the module that owns the layers. `projections`, `mlp_projections` and
     `attention_norms`/`layer_norms` map a role to the attribute on the attention, on the MLP, and on the attention or
     the layer. A family that fuses projections has a role "qkv" or "gate_up" in place of the separate ones; `optional`
-    are the roles that some of its layers lack. `linear_attention` is the attribute that takes the place of the attention
-    in layers of type "linear_attention".
+    are the roles that some of its layers lack. `linear_attention` is the attribute in the place of the attention in
+    layers of type "linear_attention".
     """
 
     name: str
