@@ -148,7 +148,7 @@ class _ReducedDynamic(_Reduced):
         """Forget everything; the layer is then as transformers made it."""
         kind = type(self).__bases__[1]
         for name in ("applied", "positions", "valid", "length", "incoming", "tail"):
-            vars(self).pop(name, None)
+            self.__dict__.pop(name, None)
         self.__class__ = kind  # type: ignore[assignment]
         self.reset()
 
@@ -200,7 +200,7 @@ class _ReducedStatic(_Reduced):
         """Forget everything; the layer is then as transformers made it."""
         kind = type(self).__bases__[1]
         for name in ("applied", "positions", "valid", "length", "incoming", "tail", "missing", "slots"):
-            vars(self).pop(name, None)
+            self.__dict__.pop(name, None)
         self.__class__ = kind  # type: ignore[assignment]
         self.reset()
 
@@ -262,7 +262,8 @@ def adopt(cache: Cache, layers: int, applied: Applied, positions: Tensor, valid:
             vars(plain).update({name: value for name, value in vars(layer).items() if name in _KEPT})
             cache.layers[index] = layer = plain
         static = isinstance(layer, StaticLayer)
-        layer.__class__ = _reduced_class(type(layer), _ReducedStatic if static else _ReducedDynamic)
+        kind: Any = type(layer)
+        layer.__class__ = _reduced_class(kind, _ReducedStatic if static else _ReducedDynamic)
         layer.begin(applied, positions[:, first:held], None if valid is None else valid[:, first:held], held)
 
 

@@ -105,8 +105,9 @@ def _probe(view: DecoderView, split: SplitLayer, hidden: Tensor) -> dict[str, An
     arguments: dict[str, Any] = {"position_embeddings": embeddings, "attention_mask": None}
     if "shared_kv_states" in split.names:
         arguments["shared_kv_states"] = {}
-    if "per_layer_input" in split.names and getattr(view.config, "hidden_size_per_layer_input", 0):
-        arguments["per_layer_input"] = hidden[..., : view.config.hidden_size_per_layer_input]
+    width: int = getattr(view.config, "hidden_size_per_layer_input", None) or 0
+    if "per_layer_input" in split.names and width:
+        arguments["per_layer_input"] = hidden[..., :width]
     return arguments
 
 

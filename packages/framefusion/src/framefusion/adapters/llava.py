@@ -16,7 +16,8 @@ from framefusion.layout import TokenLayout
 @resolver("LlavaOnevisionModel")
 def llava_onevision(model: nn.Module, config: FrameFusionConfig, inputs: Mapping[str, Any]) -> TokenLayout | None:
     """ceil(side / 2)^2 tokens a frame after pooling, and one newline behind the last, which is no vision token."""
-    side: int = model.config.vision_config.image_size // model.config.vision_config.patch_size  # type: ignore[union-attr, operator]
+    settings: Any = model.config
+    side = settings.vision_config.image_size // settings.vision_config.patch_size
     return _videos(model, config, inputs, math.ceil(side / 2) ** 2, trailing=1)
 
 

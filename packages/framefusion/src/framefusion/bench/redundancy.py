@@ -19,7 +19,7 @@ QUESTION = "what color is the object that moves?"
 
 
 def fit_frames(film: np.ndarray, frames: int, side: int) -> Tensor:
-    """`frames` frames of a film (frames, height, width, 3) uint8, evenly, its middle square: (frames, 3, side, side)."""
+    """`frames` frames of a film (count, height, width, 3) uint8, the middle square of each: (frames, 3, side, side)."""
     from PIL import Image
 
     chosen = film[np.linspace(0, len(film) - 1, frames).round().astype(int)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from pared_kernels import framefusion_adjacent_cosine
@@ -13,7 +13,8 @@ UNDEFINED = -1.5
 """Similarity that stands for NaN: below every threshold, above having no predecessor."""
 
 
-class Order(NamedTuple):
+@dataclass(frozen=True)
+class Order:
     """Tokens sorted by (stream, patch), within them by sequence: those without either first, ignored ones last."""
 
     index: Tensor
