@@ -1,0 +1,149 @@
+"""Tiny models of the real classes with random weights, and calibration batches for them."""
+
+from __future__ import annotations
+
+import torch
+
+IMAGE, VIDEO = 60, 61
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.15,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def language_model(name="Llama", **options):
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**{**TEXT, **options})
+    return spread(getattr(transformers, f"{name}ForCausalLM")(config))
+
+
+def qwen2_vl(**options):
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2]}
+    config = Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": rope, **options},
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 4},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+    )
+    return spread(Qwen2VLForConditionalGeneration(config))
+
+
+def llava_onevision(**options):
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    config = LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **TEXT, **options},
+        vision_config={"model_type": "siglip_vision_model", **VISION},
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+    )
+    return spread(LlavaOnevisionForConditionalGeneration(config))
+
+
+def qwen3_vl():
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config={**TEXT, "head_dim": 16, "rope_parameters": rope},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 4,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+    )
+    return spread(Qwen3VLForConditionalGeneration(config))
+
+
+def gemma3():
+    layers = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4}
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return spread(Gemma3ForCausalLM(Gemma3TextConfig(**TEXT, head_dim=16, query_pre_attn_scalar=16, **layers)))
+
+
+def spread(model):
+    """Norms away from one and channels of different size, so that scales and modalities matter."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.dim() == 1 and "vision" not in name and "visual" not in name:
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+            elif name.endswith("bias"):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def text_batches(count=3, length=12, rows=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 60, (rows, length), generator=generator) for _ in range(count)]
+
+
+def explicit_batches(model, count=3, vision=6, text=8, seed=0):
+    """Embeddings with explicit masks: the first positions are vision, the last four the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = model.get_input_embeddings().weight.shape[1]
+    batches = []
+    for _ in range(count):
+        tokens = vision + text
+        embeds = 0.5 * torch.randn(1, tokens, hidden, generator=generator)
+        embeds[:, :vision] *= 3
+        labels = torch.randint(3, 60, (1, tokens), generator=generator)
+        labels[:, :-4] = -100
+        is_vision = torch.zeros(1, tokens, dtype=torch.bool)
+        is_vision[:, :vision] = True
+        batches.append({"inputs_embeds": embeds, "labels": labels, "vision_mask": is_vision})
+    return batches
+
+
+def qwen2_vl_batches(count=3, seed=0):
+    """What the processor gives: one image of 16 patches, 4 tokens, in each sample."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        text = torch.randint(3, 60, (1, 8), generator=generator)
+        ids = torch.cat([torch.tensor([[62]]), torch.full((1, 4), IMAGE), torch.tensor([[63]]), text], 1)
+        labels = ids.clone()
+        labels[:, :-4] = -100
+        batches.append(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "mm_token_type_ids": (ids == IMAGE).int(),
+                "pixel_values": torch.randn(16, 3 * 2 * 4 * 4, generator=generator),
+                "image_grid_thw": torch.tensor([[1, 4, 4]]),
+                "labels": labels,
+            }
+        )
+    return batches
