@@ -117,7 +117,7 @@ def explicit_batches(model, count=3, vision=6, text=8, seed=0):
     batches = []
     for _ in range(count):
         tokens = vision + text
-        embeds = 0.5 * torch.randn(1, tokens, hidden, generator=generator)
+        embeds = (0.5 * torch.randn(1, tokens, hidden, generator=generator)).to(model.dtype)
         embeds[:, :vision] *= 3
         labels = torch.randint(3, 60, (1, tokens), generator=generator)
         labels[:, :-4] = -100

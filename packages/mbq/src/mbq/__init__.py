@@ -16,6 +16,7 @@ from mbq.errors import (
     ResultMismatchError,
     UnsupportedLayerError,
 )
+from mbq.export import export
 from mbq.hf import PackedConfig, PackedQuantizer, from_pretrained
 from mbq.modules import FakeQuantLinear, QuantLinear
 from mbq.quantize import MBQHandle, apply, quantize
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "apply",
     "calibrate",
+    "export",
     "from_pretrained",
     "quantize",
 ]
