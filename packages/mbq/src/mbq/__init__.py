@@ -8,6 +8,7 @@ from __future__ import annotations
 # `mbq.calibrate` and `mbq.quantize` are functions: these imports rebind the names that importing the submodules binds.
 from mbq.calibrate import calibrate
 from mbq.config import MBQConfig
+from mbq.data import load_batches
 from mbq.errors import (
     AlreadyQuantizedError,
     CalibrationError,
@@ -44,5 +45,6 @@ __all__ = [
     "calibrate",
     "export",
     "from_pretrained",
+    "load_batches",
     "quantize",
 ]

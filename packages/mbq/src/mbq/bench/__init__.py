@@ -1,0 +1,59 @@
+"""What `pared bench mbq` measures: sensitivities, answers of a vision-language model and perplexity by method and bits,
+sizes and speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pared_bench import BenchContext, Record
+
+EXPERIMENTS = ("sensitivity", "w3", "w4a8", "harder", "text", "sizes", "decode")
+
+
+def run(
+    context: BenchContext,
+    *,
+    experiments: str = ",".join(EXPERIMENTS),
+    samples: int = 16,
+    clips: int = 125,
+    seeds: int = 3,
+    model: Path | None = None,
+) -> list[Record]:
+    """Measure `experiments` (names joined by commas).
+
+    `samples` clips calibrate, with `seeds` different draws; 8 questions about each of `clips` other ones are asked.
+    `model` is a folder with another ``vlm-world``; None: the shipped one. Raises ValueError for an unknown experiment or a
+    count below one.
+    """
+    chosen = [name.strip() for name in experiments.split(",") if name.strip()]
+    if unknown := sorted(set(chosen) - set(EXPERIMENTS)):
+        raise ValueError(f"experiments={unknown[0]!r} must be among {', '.join(EXPERIMENTS)}")
+    for name, count in (("samples", samples), ("clips", clips), ("seeds", seeds)):
+        if count < 1:
+            raise ValueError(f"{name}={count!r} must be at least 1")
+    records: list[Record] = []
+    if {"sensitivity", "w3", "w4a8", "harder"} & set(chosen):
+        from mbq.bench import vlm
+
+        if "sensitivity" in chosen:
+            records += vlm.sensitivities(context, model, samples)
+        for bits in ("w3", "w4a8"):
+            if bits in chosen:
+                records += vlm.compare(context, model, bits, samples, clips, seeds)
+        if "harder" in chosen:
+            arms = {name: vlm.SEARCHED[name] for name in ("RTN", "AWQ (mse)", "AWQ (mae)", "MBQ")}
+            for bits, group in (("w2", 32), ("w2", 64), ("w3", -1)):
+                records += vlm.compare(context, model, bits, samples, clips, seeds, group, arms)
+    if "text" in chosen:
+        from mbq.bench import text
+
+        records += text.run(context, samples=8, held_out=8)
+    if "sizes" in chosen:
+        from mbq.bench import sizes
+
+        records += sizes.run(context)
+    if "decode" in chosen:
+        from mbq.bench import decode
+
+        records += decode.run(context)
+    return records

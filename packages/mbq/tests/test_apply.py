@@ -1,0 +1,223 @@
+"""What quantising does to a model, and that it can be taken back."""
+
+from __future__ import annotations
+
+import copy
+
+import mbq
+import pytest
+import torch
+from mbq.fold import folded_state
+from mbq.layers import plan_layers
+from mbq_models import explicit_batches, gemma3, language_model, llava_onevision, qwen2_vl, qwen2_vl_batches
+from torch.func import functional_call
+
+IDS = torch.tensor([[5, 9, 33, 12, 7, 40]])
+W3 = {"group_size": 32, "grid": 3}
+
+FAMILIES = {
+    "Llama": (language_model, {}),
+    "Qwen2-VL": (qwen2_vl, {}),
+    "Qwen2-VL, shared heads": (lambda: qwen2_vl(num_key_value_heads=2), {"gqa": "shared"}),
+    "LLaVA-OneVision, grouped": (lambda: llava_onevision(num_key_value_heads=2), {}),
+    "Gemma 3 (1 + w, four norms)": (gemma3, {}),
+    "Gemma 2": (lambda: language_model("Gemma2", head_dim=16), {}),
+    "Phi 3 (fused)": (lambda: language_model("Phi3"), {}),
+    "OLMo 2 (norms after)": (lambda: language_model("Olmo2"), {}),
+    "Qwen 3": (lambda: language_model("Qwen3", head_dim=16), {}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_folding_leaves_the_output_in_full_precision(name):
+    make, options = FAMILIES[name]
+    model = make()
+    config = mbq.MBQConfig(**W3, method="awq", **options)
+    result = mbq.calibrate(model, explicit_batches(model, 1), config)
+    assert any(group.ratio > 0 for group in result.groups)
+    _, plans = plan_layers(model, config)
+    state = {
+        f"{plan.name}.{key}": value for plan in plans for key, value in folded_state(plan, result.layer(plan).scales).items()
+    }
+    assert state
+    plain = model(IDS).logits
+    folded = functional_call(model, state, (IDS,)).logits
+    torch.testing.assert_close(folded, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("options", [W3, {"w_bits": 4, "a_bits": 8, "grid": 3}, {**W3, "w_bits": 4, "symmetric": True}])
+@torch.no_grad()
+def test_packed_and_fake_hold_the_same_weights_and_give_the_same_logits(options):
+    model = qwen2_vl(num_hidden_layers=2)
+    result = mbq.calibrate(model, qwen2_vl_batches(1), mbq.MBQConfig(**options))
+    weights, logits = {}, {}
+    for mode in ("packed", "fake"):
+        with mbq.quantize(model, result, mode=mode):
+            logits[mode] = model(IDS).logits
+            weights[mode] = [
+                module.dequantized() if mode == "packed" else module.weight
+                for module in model.modules()
+                if isinstance(module, mbq.QuantLinear | mbq.FakeQuantLinear)
+            ]
+    assert len(weights["packed"]) == len(weights["fake"]) == 14
+    assert all(a.equal(b) for a, b in zip(weights["packed"], weights["fake"], strict=True))
+    torch.testing.assert_close(logits["packed"], logits["fake"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["packed", "fake"])
+def test_remove_restores_weights_classes_and_configuration_bit_for_bit(mode):
+    model = qwen2_vl(num_hidden_layers=2).to(torch.bfloat16)
+    plain = model(IDS).logits
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    kinds, config = [type(module) for module in model.modules()], model.config.to_dict()
+    handle = mbq.apply(model, mbq.MBQConfig(**W3), explicit_batches(model, 1), mode=mode)
+    assert not model(IDS).logits.equal(plain)
+    handle.remove()
+    handle.remove()
+    assert list(model.state_dict()) == list(state)
+    assert all(value.equal(state[name]) for name, value in model.state_dict().items())
+    assert [type(module) for module in model.modules()] == kinds
+    assert model.config.to_dict() == config
+    assert "hf_quantizer" not in vars(model) and "_pared" not in vars(model)
+    assert model(IDS).logits.equal(plain)
+
+
+def test_calibration_does_not_change_the_model():
+    model = qwen2_vl(num_hidden_layers=2).train()
+    model.model.visual.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in model.modules()]
+    mbq.calibrate(model, qwen2_vl_batches(1), mbq.MBQConfig(**W3, distort=True, clip="search"))
+    assert all(value.equal(state[name]) for name, value in model.state_dict().items())
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in model.modules()] == hooks
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_interrupted_calibration_leaves_the_model_and_goes_on_where_it_stopped(tmp_path):
+    model, batches = qwen2_vl(), qwen2_vl_batches(1)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    config, path = mbq.MBQConfig(**W3), tmp_path / "partial.safetensors"
+
+    def interrupted(plans):
+        for number, plan in enumerate(plans):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield plan
+
+    with pytest.raises(KeyboardInterrupt):
+        mbq.calibrate(model, batches, config, checkpoint=path, track=interrupted)
+    assert all(value.equal(state[name]) for name, value in model.state_dict().items())
+    partial = mbq.MBQResult.load(path)
+    assert partial.done == 2
+    with pytest.raises(mbq.ResultMismatchError, match="2 of 3"):
+        mbq.quantize(model, partial)
+    partial.groups[0].scale.fill_(7.0)
+    partial.save(path)
+    resumed = mbq.calibrate(model, batches, config, checkpoint=path)
+    # The finished layers are not searched again.
+    assert resumed.groups[0].scale.eq(7).all()
+    whole = mbq.calibrate(model, batches, config)
+    assert all(a.scale.equal(b.scale) for a, b in list(zip(resumed.groups, whole.groups, strict=True))[1:])
+
+
+def test_a_result_survives_its_file(tmp_path):
+    model = qwen2_vl(num_hidden_layers=2)
+    for options in ({}, {"method": "gptq"}, {"clip": "search"}):
+        result = mbq.calibrate(model, qwen2_vl_batches(1), mbq.MBQConfig(**W3, **options))
+        result.save(tmp_path / "result.safetensors")
+        again = mbq.MBQResult.load(tmp_path / "result.safetensors")
+        assert (again.config, again.weights, again.sensitivity) == (result.config, result.weights, result.sensitivity)
+        with mbq.quantize(model, result):
+            ours = model(IDS).logits
+        with mbq.quantize(model, again):
+            assert model(IDS).logits.equal(ours)
+
+
+def test_only_linear_layers_of_the_language_part_are_quantised():
+    model = llava_onevision(num_hidden_layers=2)
+    mbq.apply(model, mbq.MBQConfig(method="rtn", group_size=32, skip_modules=(r"layers\.0\.mlp",)), [])
+    packed = {name for name, module in model.named_modules() if isinstance(module, mbq.QuantLinear)}
+    assert len(packed) == 11
+    assert all("language_model.layers" in name for name in packed)
+    assert not any("layers.0.mlp" in name for name in packed)
+    assert not isinstance(model.lm_head, mbq.QuantLinear)
+
+
+@torch.no_grad()
+def test_a_skipped_linear_layer_is_folded_but_not_rounded():
+    model = language_model(num_hidden_layers=1)
+    result = mbq.calibrate(
+        model, explicit_batches(model, 1), mbq.MBQConfig(**W3, method="awq", skip_modules=("q_proj", "v_proj"))
+    )
+    query = model.model.layers[0].self_attn.q_proj
+    before = query.weight.clone()
+    scale = next(group.scale for group in result.groups if group.site == 0)
+    assert not scale.equal(torch.ones(64))
+    handle = mbq.quantize(model, result)
+    torch.testing.assert_close(query.weight, before * scale)
+    handle.remove()
+    assert query.weight.equal(before)
+
+
+def test_stats_count_bits_bytes_and_errors_by_modality():
+    model = qwen2_vl(num_hidden_layers=2, hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=8)
+    handle = mbq.apply(model, mbq.MBQConfig(grid=3), explicit_batches(model, 1))
+    stats = handle.stats()
+    assert stats["modules"] == 14 and stats["layers"] == 2
+    assert 3.0 < stats["bits_per_weight"] <= 3.2
+    assert stats["bytes"] * 8 == pytest.approx(stats["bits_per_weight"] * stats["weights"])
+    assert all(error["answer"] > 0 and error["vision"] > 0 and "rtn answer" in error for error in stats["error"])
+
+
+def test_originals_that_were_given_up_cannot_come_back():
+    handle = mbq.apply(language_model(num_hidden_layers=1), mbq.MBQConfig(method="rtn", group_size=32), [], restore="none")
+    with pytest.raises(mbq.RestoreUnavailableError, match="restore"):
+        handle.remove()
+
+
+def test_a_gradient_reaches_the_input_through_packed_layers_and_the_weights_are_frozen():
+    model = language_model(num_hidden_layers=1)
+    embeds = torch.randn(1, 5, 64, requires_grad=True)
+    with mbq.apply(model, mbq.MBQConfig(method="rtn", group_size=32), [], mode="fake"):
+        model(inputs_embeds=embeds).logits.sum().backward()
+        expected, embeds.grad = embeds.grad, None
+    with mbq.apply(model, mbq.MBQConfig(method="rtn", group_size=32), []):
+        model(inputs_embeds=embeds).logits.sum().backward()
+        assert all(not p.requires_grad for m in model.modules() if isinstance(m, mbq.QuantLinear) for p in m.parameters())
+    torch.testing.assert_close(embeds.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_casting_a_packed_model_keeps_the_dtype_of_its_scales():
+    model = language_model(num_hidden_layers=1)
+    mbq.apply(model, mbq.MBQConfig(method="rtn", group_size=32), [], restore="none")
+    scale = model.model.layers[0].mlp.up_proj.weight_scale.clone()
+    model.to(torch.bfloat16)
+    assert model.model.layers[0].mlp.up_proj.weight_scale.equal(scale)
+    assert model(IDS).logits.dtype == torch.bfloat16
+
+
+def test_a_decode_step_compiles_into_one_graph():
+    model = language_model(num_hidden_layers=1)
+    mbq.apply(model, mbq.MBQConfig(method="rtn", group_size=32), [], restore="none")
+    layer = copy.deepcopy(model.model.layers[0].mlp)
+    x = torch.randn(1, 1, 64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_generation_runs_on_packed_weights():
+    model = language_model(num_hidden_layers=2)
+    mbq.apply(model, mbq.MBQConfig(w_bits=4, a_bits=8, method="rtn"), [], restore="none")
+    tokens = model.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert tokens.shape == (1, 10)
+    step = model(tokens[:, :-1]).logits[0, -1].argmax()
+    assert int(step) == int(tokens[0, -1])
+
+
+def test_a_layer_at_a_time_can_be_searched_elsewhere():
+    model = language_model(num_hidden_layers=2)
+    config, batches = mbq.MBQConfig(**W3, method="awq"), explicit_batches(model, 1)
+    here, there = (mbq.calibrate(model, batches, config, device=device) for device in (None, "cpu"))
+    assert all(a.scale.equal(b.scale) for a, b in zip(here.groups, there.groups, strict=True))
