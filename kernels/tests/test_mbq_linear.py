@@ -76,7 +76,9 @@ def test_the_gradient_goes_to_input_and_bias_through_the_dequantised_weight(eigh
         arguments = (packed, scales)
         operator = mbq_linear_w4a8
     else:
-        x, packed, scales, zeros, bits, group, bias = w16_cases.draw(3, 64, 6, 3, 32, False, True, torch.float64, generator)
+        x, packed, scales, zeros, bits, group, bias = w16_cases.draw(
+            3, 64, 6, 3, 32, False, True, torch.float64, generator
+        )
         weight = dequantize(packed, scales, zeros, bits, group, 64, torch.float64)
         arguments = (packed, scales, zeros, bits, group)
         operator = mbq_linear_w16

@@ -38,7 +38,9 @@ def test_folding_leaves_the_output_in_full_precision(name):
     assert any(group.ratio > 0 for group in result.groups)
     _, plans = plan_layers(model, config)
     state = {
-        f"{plan.name}.{key}": value for plan in plans for key, value in folded_state(plan, result.layer(plan).scales).items()
+        f"{plan.name}.{key}": value
+        for plan in plans
+        for key, value in folded_state(plan, result.layer(plan).scales).items()
     }
     assert state
     plain = model(IDS).logits
@@ -79,7 +81,8 @@ def test_remove_restores_weights_classes_and_configuration_bit_for_bit(mode):
     assert all(value.equal(state[name]) for name, value in model.state_dict().items())
     assert [type(module) for module in model.modules()] == kinds
     assert model.config.to_dict() == config
-    assert "hf_quantizer" not in vars(model) and "_pared" not in vars(model)
+    assert "hf_quantizer" not in vars(model)
+    assert "_pared" not in vars(model)
     assert model(IDS).logits.equal(plain)
 
 
@@ -161,17 +164,22 @@ def test_a_skipped_linear_layer_is_folded_but_not_rounded():
 
 
 def test_stats_count_bits_bytes_and_errors_by_modality():
-    model = qwen2_vl(num_hidden_layers=2, hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=8)
+    model = qwen2_vl(
+        num_hidden_layers=2, hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=8
+    )
     handle = mbq.apply(model, mbq.MBQConfig(grid=3), explicit_batches(model, 1))
     stats = handle.stats()
-    assert stats["modules"] == 14 and stats["layers"] == 2
+    assert stats["modules"] == 14
+    assert stats["layers"] == 2
     assert 3.0 < stats["bits_per_weight"] <= 3.2
     assert stats["bytes"] * 8 == pytest.approx(stats["bits_per_weight"] * stats["weights"])
     assert all(error["answer"] > 0 and error["vision"] > 0 and "rtn answer" in error for error in stats["error"])
 
 
 def test_originals_that_were_given_up_cannot_come_back():
-    handle = mbq.apply(language_model(num_hidden_layers=1), mbq.MBQConfig(method="rtn", group_size=32), [], restore="none")
+    handle = mbq.apply(
+        language_model(num_hidden_layers=1), mbq.MBQConfig(method="rtn", group_size=32), [], restore="none"
+    )
     with pytest.raises(mbq.RestoreUnavailableError, match="restore"):
         handle.remove()
 
@@ -184,7 +192,9 @@ def test_a_gradient_reaches_the_input_through_packed_layers_and_the_weights_are_
         expected, embeds.grad = embeds.grad, None
     with mbq.apply(model, mbq.MBQConfig(method="rtn", group_size=32), []):
         model(inputs_embeds=embeds).logits.sum().backward()
-        assert all(not p.requires_grad for m in model.modules() if isinstance(m, mbq.QuantLinear) for p in m.parameters())
+        assert all(
+            not p.requires_grad for m in model.modules() if isinstance(m, mbq.QuantLinear) for p in m.parameters()
+        )
     torch.testing.assert_close(embeds.grad, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -137,8 +137,8 @@ def test_a_result_of_another_model_or_configuration_is_refused(tmp_path):
     with pytest.raises(mbq.ResultMismatchError, match="w_bits = 3"):
         mbq.quantize(model, result, mbq.MBQConfig(**W3, w_bits=4))
     result.save(tmp_path / "result.safetensors")
+    again = explicit_batches(model, 1, seed=5)
     with pytest.raises(mbq.ResultMismatchError, match="data"):
-        again = explicit_batches(model, 1, seed=5)
         mbq.calibrate(model, again, mbq.MBQConfig(**W3), checkpoint=tmp_path / "result.safetensors")
     (tmp_path / "broken").write_bytes(b"no tensors")
     with pytest.raises(mbq.ResultMismatchError, match="broken"):

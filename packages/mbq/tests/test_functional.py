@@ -101,7 +101,8 @@ def test_activations_are_rounded_per_token(generator):
     codes, scale = F.quantize_activation(x)
     expected = x.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127
     torch.testing.assert_close(scale, expected)
-    assert codes.dtype == torch.int8 and codes.equal((x / expected).round().clamp(-128, 127).to(torch.int8))
+    assert codes.dtype == torch.int8
+    assert codes.equal((x / expected).round().clamp(-128, 127).to(torch.int8))
     assert (F.fake_quantize_activation(x) - x).abs().max() <= scale.max() / 2 + 1e-7
 
 
@@ -112,7 +113,8 @@ def test_channel_scales_are_balanced_around_one(generator):
     torch.testing.assert_close(scale / scale[0], (mean / mean[0]).sqrt())
     assert F.channel_scale(mean, 0.0).equal(torch.ones(16))
     dead = F.channel_scale(torch.tensor([0.0, 1.0]), 0.95)
-    assert dead.isfinite().all() and dead.gt(0).all()
+    assert dead.isfinite().all()
+    assert dead.gt(0).all()
 
 
 @pytest.mark.parametrize("mode", ["mae", "mse"])
@@ -128,7 +130,8 @@ def test_the_objective_weighs_modalities_as_the_formulas_say(mode, generator):
     else:
         expected = a.mean() + 0.3 * v.mean()
     found = F.reconstruction_loss(ref, out, answer, vision, 0.3, mode)
-    assert found.dtype == torch.float32 and found.shape == ()
+    assert found.dtype == torch.float32
+    assert found.shape == ()
     torch.testing.assert_close(found, expected.float())
     plain = F.reconstruction_loss(ref, out, answer, vision, None, mode)
     torch.testing.assert_close(plain, error.mean().float())
@@ -216,7 +219,9 @@ def test_the_integer_layer_multiplies_integers_exactly(generator):
     w, x = torch.randn(5, 64, generator=generator), torch.randn(7, 64, generator=generator)
     qw = F.quantize_weight(w, 4, -1, symmetric=True)
     codes, scale = F.quantize_activation(x)
-    integers = [[sum(a * (b - 8) for a, b in zip(row, col, strict=True)) for col in qw.codes.tolist()] for row in codes.tolist()]
+    integers = [
+        [sum(a * (b - 8) for a, b in zip(row, col, strict=True)) for col in qw.codes.tolist()] for row in codes.tolist()
+    ]
     expected = torch.tensor(integers, dtype=torch.float64) * scale.double() * qw.scales.double().T
     found = F.linear_w4a8(x, F.pack_dense(qw.codes, 4), qw.scales)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)

@@ -1,6 +1,7 @@
 """Modality-balanced quantization of vision-language models to 3 and 4 bits, packed (MBQ, arXiv 2412.19509).
 
-Importing it registers the quantisation method "pared-mbq" with transformers, whose `from_pretrained` then loads packed models.
+Importing it registers the quantisation method "pared-mbq" with transformers, whose `from_pretrained` then loads packed
+models.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,7 +74,9 @@ def masks(view: DecoderView, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     vision = _vision_mask(view, entries, shape)
     for name, mask in (("answer_mask", answer), ("vision_mask", vision), ("attention_mask", valid)):
         if mask.shape != shape:
-            raise CalibrationError(f"batches: {name} has shape {tuple(mask.shape)}; that of the tokens is {tuple(shape)}")
+            raise CalibrationError(
+                f"batches: {name} has shape {tuple(mask.shape)}; that of the tokens is {tuple(shape)}"
+            )
     return answer & valid, vision & valid, valid
 
 
@@ -123,10 +126,8 @@ def capture(view: DecoderView, batch: Batch) -> list[Sample]:
             for layer in view.layers:
                 patch.wrap_forward(layer.module, record(layer.index, layer.layer_type))
         runner = view.model if set(inputs) <= TEXT_KEYS else view.root
-        try:
+        with contextlib.suppress(_Captured):
             runner(**inputs, use_cache=False)
-        except _Captured:
-            pass
     finally:
         patch.remove()
     tokens = valid.shape[1]

@@ -41,9 +41,9 @@ def calibrate(
 ) -> MBQResult:
     """Find the scales of every decoder layer of `model` on some samples (sections 3.3 to 3.6).
 
-    A batch is what the model's processor returns with `labels` added (-100 outside the answer), or token ids (B, T), which
-    are text that is all answer. Padding is left out by `attention_mask`. Vision tokens are found by themselves; a batch
-    may bring `vision_mask` and `answer_mask`, bool (B, T).
+    A batch is what the model's processor returns with `labels` added (-100 outside the answer), or token ids (B, T),
+    which are text that is all answer. Padding is left out by `attention_mask`. Vision tokens are found by themselves; a
+    batch may bring `vision_mask` and `answer_mask`, bool (B, T).
 
     With `checkpoint` a file is written after every layer, and an interrupted run on the same data goes on from it. With
     `device` each layer moves there while it is searched, so that one layer and its activations are all that is held
@@ -93,7 +93,9 @@ def _require_answers(config: MBQConfig, found: list[tuple[Tensor, Tensor, Tensor
             raise CalibrationError(
                 f"batches: no answer tokens for method = {config.method!r}; add labels with -100 outside the answer"
             )
-        if config.method == "mbq" and not any(bool((vision.any(1) & answer.any(1)).any()) for answer, vision, _ in found):
+        if config.method == "mbq" and not any(
+            bool((vision.any(1) & answer.any(1)).any()) for answer, vision, _ in found
+        ):
             warnings.warn(
                 "no calibration sample with an answer has vision tokens: there is nothing to balance, and errors are "
                 "averaged plainly, as method='awq' does",
@@ -114,7 +116,8 @@ def _lambdas(config: MBQConfig, sensitivity: dict[str, dict[str, list[float]]], 
     if config.method != "mbq" or any(value != value for value in sensitivity["vision"]["attn"]):
         return [dict.fromkeys(KINDS) for _ in range(layers)]
     found = {
-        kind: layer_weights(sensitivity["vision"][kind], sensitivity["answer"][kind], config.ratio_floor) for kind in KINDS
+        kind: layer_weights(sensitivity["vision"][kind], sensitivity["answer"][kind], config.ratio_floor)
+        for kind in KINDS
     }
     return [{kind: found[kind][index] for kind in KINDS} for index in range(layers)]
 

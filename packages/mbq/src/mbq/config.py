@@ -29,8 +29,8 @@ class MBQConfig(Config):
     symmetric: bool | None = None
     """Codes around zero, without a zero point; None: for 8-bit inputs alone."""
     method: Method = "mbq"
-    """"mbq": errors weighted by modality. "awq": not weighted (the original with `loss="mse"`). "token": weighted by the
-    gradient of each token. "gptq", "smoothquant", "rtn" (rounding alone): baselines without that search."""
+    """"mbq": errors weighted by modality. "awq": not weighted (the original with `loss="mse"`). "token": weighted by
+    the gradient of each token. "gptq", "smoothquant", "rtn" (rounding alone): baselines without that search."""
     loss: Literal["mae", "mse"] = "mae"
     """Absolute or squared error of a block's output."""
     ratio_floor: Literal["median"] | None = "median"
@@ -40,7 +40,7 @@ class MBQConfig(Config):
     grid: int = 20
     """Exponents that are tried, at least 1."""
     gqa: Literal["skip", "shared"] = "skip"
-    """The output projection under grouped queries: left unscaled, or scaled with one scale for each key-value channel."""
+    """The output projection under grouped queries: left unscaled, or one scale for each key-value channel."""
     clip: Literal["none", "search"] = "none"
     """Search how much of each group's range to keep, after the scales (the second half of AWQ)."""
     include_zero: bool = True

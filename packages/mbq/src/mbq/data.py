@@ -17,11 +17,11 @@ TEXT, LINES = (".txt", ".md"), (".jsonl",)
 def load_batches(path: str | Path, processor: Any, samples: int, length: int) -> list[Any]:
     """Up to `samples` batches from a file, or from the files of a folder in the order of their names.
 
-    Text (.txt, .md) is cut into pieces of `length` tokens, all of them answer. A line of a .jsonl file is a conversation,
-    `{"image": "cat.png", "question": "...", "answer": "..."}` with the picture's path relative to the file ("image" may be
-    missing); the processor's chat template is applied and the answer's tokens get labels.
+    Text (.txt, .md) is cut into pieces of `length` tokens, all of them answer. A line of a .jsonl file is a
+    conversation, `{"image": "cat.png", "question": "...", "answer": "..."}` with the picture's path relative to the
+    file ("image" may be missing); the processor's chat template is applied and the answer's tokens get labels.
 
-    Raises CalibrationError for a path without such files, a file that cannot be read, or a processor that cannot take it.
+    Raises CalibrationError for a path without such files, or a line that is no conversation.
     """
     place = Path(path)
     files = sorted(f for f in place.rglob("*") if f.suffix in (*TEXT, *LINES)) if place.is_dir() else [place]
@@ -57,7 +57,9 @@ def _conversations(file: Path, processor: Any) -> Iterator[dict[str, Tensor]]:
         except ValueError as error:
             raise CalibrationError(f"{where}: not JSON ({error})") from None
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("question", "answer")):
-            raise CalibrationError(f'{where}: an object with "question" and "answer" is needed, and "image" if there is one')
+            raise CalibrationError(
+                f'{where}: an object with "question" and "answer" is needed, and "image" if there is one'
+            )
         yield labelled(processor, entry["question"], entry["answer"], _picture(file, entry.get("image"), where))
 
 

@@ -57,8 +57,8 @@ def run(
         f"{full.questions} questions about {clips} clips, weights in {bits} bits, groups of {GROUP}",
         ("method", "right answers", "KL of answers", "loss of answers"),
         rows,
-        f"Calibrated on {samples} clips; KL is from the model in full precision. So few samples and questions leave noise: "
-        "the bench measures with more, and with several draws.",
+        f"Calibrated on {samples} clips; KL is from the model in full precision. So few samples and questions leave "
+        "noise: the bench measures with more, and with several draws.",
     )
     size = Table(
         "The language part in 16 bits and packed",
@@ -70,19 +70,20 @@ def run(
     ratios = [
         v / a
         for kind in ("attn", "mlp")
-        for v, a in zip(
-            found["MBQ"].sensitivity["vision"][kind], found["MBQ"].sensitivity["answer"][kind], strict=True
-        )
+        for v, a in zip(found["MBQ"].sensitivity["vision"][kind], found["MBQ"].sensitivity["answer"][kind], strict=True)
     ]
     median = sorted(ratios)[len(ratios) // 2]
-    picture = Figure.from_plot("How much the loss depends on each kind of token", sensitivity_plot(found["MBQ"].sensitivity))
+    picture = Figure.from_plot(
+        "How much the loss depends on each kind of token", sensitivity_plot(found["MBQ"].sensitivity)
+    )
     metrics = {
         "float32.accuracy": full.accuracy,
         "sensitivity.ratio": median,
         **{f"{row[0]}.kl": float(row[2]) for row in rows if row[2] is not None},
     }
     summary = (
-        f"The loss depends {median:.2f} times as much on a vision token as on a token of the answer (median over layers). "
+        f"The loss depends {median:.2f} times as much on a vision token as on a token of the answer (median over "
+        "layers). "
         f"MBQ weighs the errors of the search by that. KL of the answers from full precision at {bits} bits: "
         + ", ".join(f"{row[0]} {row[2]}" for row in rows[1:])
         + "."
@@ -98,7 +99,12 @@ def _sizes(model: Any, result: Any) -> list[tuple[Any, ...]]:
     handle = quantize(half, result, restore="none")
     bits = handle.stats()["bits_per_weight"]
     rows.append(
-        (f"W{result.config.w_bits}, packed", f"{size_on_disk(half) / 1e6:.2f} MB", f"{tensor_bytes(half) / 1e6:.2f} MB", f"{bits:.3f}")
+        (
+            f"W{result.config.w_bits}, packed",
+            f"{size_on_disk(half) / 1e6:.2f} MB",
+            f"{tensor_bytes(half) / 1e6:.2f} MB",
+            f"{bits:.3f}",
+        )
     )
     return rows
 
@@ -134,5 +140,7 @@ def _side_by_side(exam: Exam, answers: dict[str, list[str]]) -> list[tuple[Any, 
         turn = batch["turns"][row, where[0]]
         text = tokenizer.decode(batch["ids"][row][batch["turns"][row] == turn])
         expected = tokenizer.decode(batch["labels"][row][where]).strip()
-        rows.append((text.split(END)[0].replace(START, "").strip(), expected, *(given[number] for given in answers.values())))
+        rows.append(
+            (text.split(END)[0].replace(START, "").strip(), expected, *(given[number] for given in answers.values()))
+        )
     return rows

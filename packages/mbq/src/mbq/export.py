@@ -63,7 +63,7 @@ def export(model: Any, path: str | Path, format: Format = "compressed-tensors") 
 
 
 def compressed_tensors_config(config: MBQConfig, ignored: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of compressed-tensors for the same tensors; `ignored` names the linear layers left alone."""
+    """The `quantization_config` of compressed-tensors for the same tensors; `ignored` names the layers left alone."""
     per_row = config.group_size == PER_ROW
     weights = {
         "num_bits": config.w_bits,
@@ -118,7 +118,7 @@ def awq_config(config: MBQConfig, ignored: list[str]) -> dict[str, Any]:
 def gptq_tensors(module: QuantLinear) -> dict[str, Tensor]:
     """`qweight` (K * bits / 32, N), `qzeros` (G, N * bits / 32), `scales` (G, N) float16, `g_idx` (K,).
 
-    Zero points are stored less one, or as they are where one of them is zero ("gptq_v2"), which the first version cannot
+    Zero points are stored less one, or as they are where one is zero ("gptq_v2"), which the first version cannot
     tell from the largest.
     """
     if module.out_features % 32:

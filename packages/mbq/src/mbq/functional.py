@@ -72,7 +72,7 @@ def quantize_weight(
         bits: 2 to 8.
         group_size: input channels that share a scale, a divisor of K; -1: one scale a row.
         symmetric: codes around zero, scale max |w| / (2^(b-1) - 1); else min-max with a zero point.
-        include_zero: let the range of a group hold zero. Without it a group of one sign saturates, as in the paper's code.
+        include_zero: let the range of a group hold zero. Without it a group of one sign saturates (the paper's code).
         scale_dtype: scales are rounded to it before codes and zero points are computed from them, so that what is
             stored is what was meant.
         clip: (N, G) shares of the range to keep; None: all.
@@ -316,8 +316,9 @@ def linear_w16(
 ) -> Tensor:
     """Return x W^T + bias for a packed weight: what the kernels are measured against.
 
-    x (..., K); packed int32 (N, ceil(K bits / 32)) as by `pack_dense`; scales (N, G); zeros uint8 (N, G), or packed along
-    dim 0 as it is stored, int32 (ceil(N bits / 32), G), or None for symmetric codes; group_size -1 for one group a row.
+    x (..., K); packed int32 (N, ceil(K bits / 32)) as by `pack_dense`; scales (N, G); zeros uint8 (N, G), or packed
+    along dim 0 as they are stored, int32 (ceil(N bits / 32), G), or None for symmetric codes; group_size -1 for one
+    group a row.
     """
     columns = x.shape[-1]
     if zeros is not None and zeros.dtype != torch.int32:

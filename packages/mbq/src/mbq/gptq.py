@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323), the baseline that rounds column by column and hands each error on to the columns after it."""
+"""GPTQ (arXiv 2210.17323), the baseline that rounds column by column and hands each error on."""
 
 from __future__ import annotations
 

@@ -48,7 +48,9 @@ class PackedQuantizer(HfQuantizer):
             try:
                 linear = model.get_submodule(name)
             except AttributeError:
-                raise ResultMismatchError(f"{name} is packed in this checkpoint, and {type(model).__name__} has none") from None
+                raise ResultMismatchError(
+                    f"{name} is packed in this checkpoint, and {type(model).__name__} has none"
+                ) from None
             if not isinstance(linear, nn.Linear):
                 raise ResultMismatchError(f"{name} is packed in this checkpoint, and a {type(linear).__name__} here")
             parent = model.get_submodule(name.rpartition(".")[0])

@@ -89,7 +89,9 @@ def plan_layers(model: nn.Module, config: MBQConfig) -> tuple[DecoderView, list[
     names = [name for name, _ in model.named_modules()]
     for pattern in config.skip_modules:
         if pattern not in DEFAULT_SKIP and not any(re.search(pattern, name) for name in names):
-            raise ConfigError(f"skip_modules: {pattern!r} is not valid: it is found in no module's name", "skip_modules")
+            raise ConfigError(
+                f"skip_modules: {pattern!r} is not valid: it is found in no module's name", "skip_modules"
+            )
     plans = [_plan(view, layer, config) for layer in view.layers]
     for plan in plans:
         _check_widths(plan, config)
@@ -118,7 +120,8 @@ def _plan(view: DecoderView, layer: DecoderLayer, config: MBQConfig) -> LayerPla
         owner = layer.module.get_submodule(name.rpartition(".")[0])
         if parameter.dim() > 1 and not isinstance(owner, nn.Linear):
             raise UnsupportedLayerError(
-                f"{layer.name}.{name} of {type(owner).__name__} is a weight outside of nn.Linear, which mbq does not know"
+                f"{layer.name}.{name} of {type(owner).__name__} is a weight outside of nn.Linear, which mbq "
+                "does not know"
             )
     names = {id(module): name for name, module in layer.module.named_modules()}
 
@@ -185,6 +188,8 @@ def _check_widths(plan: LayerPlan, config: MBQConfig) -> None:
         columns = plan.linear(name).in_features
         where = f"{plan.name}.{name} has {columns} input channels"
         if config.group_size != PER_ROW and columns % config.group_size:
-            raise ConfigError(f"group_size = {config.group_size}: {where}, which it does not divide; {hint}", "group_size")
+            raise ConfigError(
+                f"group_size = {config.group_size}: {where}, which it does not divide; {hint}", "group_size"
+            )
         if columns % 32:
             raise ConfigError(f"{where}, no multiple of 32, and cannot be packed; {hint}", "skip_modules")

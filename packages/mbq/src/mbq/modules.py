@@ -1,4 +1,4 @@
-"""The linear layers that take the place of `nn.Linear`: packed weights with kernels, or rounded weights for research."""
+"""What takes the place of `nn.Linear`: packed weights with kernels, or rounded weights for research."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from mbq.functional import (
 class QuantLinear(nn.Module):
     """A linear layer that stores its weight packed, in the layout of compressed-tensors.
 
-    Buffers: `weight_packed` int32 (N, K * bits / 32), `weight_scale` (N, G) in its stored dtype, `weight_zero_point` int32
-    (ceil(N * bits / 32), G) unless symmetric, `weight_shape` int64 (2,); `bias` is a frozen parameter. The gradient
-    flows to the input.
+    Buffers: `weight_packed` int32 (N, K * bits / 32), `weight_scale` (N, G) in its stored dtype, `weight_zero_point`
+    int32 (ceil(N * bits / 32), G) unless symmetric, `weight_shape` int64 (2,); `bias` is a frozen parameter. The
+    gradient flows to the input.
     """
 
     weight_packed: Tensor

@@ -34,7 +34,9 @@ class Processes:
         """
         every = list(items)
         if len(every) < self.count:
-            raise CalibrationError(f"{len(every)} calibration batches cannot be shared out among {self.count} processes")
+            raise CalibrationError(
+                f"{len(every)} calibration batches cannot be shared out among {self.count} processes"
+            )
         return every[self.index :: self.count]
 
     def sum(self, values: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ class MBQHandle(Handle):
     def stats(self) -> dict[str, Any]:
         """Bits per weight with scales and zero points, bytes of the quantised layers, and errors by modality.
 
-        "error" holds for each layer and kind the mean |D| (or D^2) over answer and vision tokens that the search saw, of
-        the chosen scale and of plain rounding.
+        "error" holds for each layer and kind the mean |D| (or D^2) over answer and vision tokens that the search saw,
+        of the chosen scale and of plain rounding.
         """
         return {**stats_of(self._plans), "error": self.result.errors()}
 
@@ -253,7 +253,8 @@ def stats_of(plans: list[LayerPlan]) -> dict[str, Any]:
         for name in plan.linears:
             module = plan.module.get_submodule(name)
             rows, columns = module.out_features, module.in_features
-            assert isinstance(rows, int) and isinstance(columns, int)
+            assert isinstance(rows, int)
+            assert isinstance(columns, int)
             count, weights = count + 1, weights + rows * columns
             # The shape is no part of the weight; a bias stays as it is.
             tensors = module.state_dict().items()

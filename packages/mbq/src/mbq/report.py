@@ -10,7 +10,8 @@ from mbq.result import MBQResult
 
 def lines(result: MBQResult) -> Iterator[str]:
     """A line for each group that was searched: exponent, weight of vision tokens, errors beside plain rounding's."""
-    yield f"{'layer':>5} {'group':<26} {'exponent':>8} {'lambda':>8} {'answer':>10} {'(rtn)':>10} {'vision':>10} {'(rtn)':>10}"
+    heads = "".join(f" {name:>10}" for name in ("answer", "(rtn)", "vision", "(rtn)"))
+    yield f"{'layer':>5} {'group':<26} {'exponent':>8} {'lambda':>8}{heads}"
     for entry in result.errors():
         names = " ".join(name.rpartition(".")[2].removesuffix("_proj") for name in entry["linears"])
         weight = result.weights[entry["layer"]][entry["kind"]]

@@ -114,7 +114,9 @@ class MBQResult:
             "done": self.done,
             "data": self.data,
         }
-        content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, {"mbq": json.dumps(header)})
+        content = save(
+            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, {"mbq": json.dumps(header)}
+        )
         write_whole(Path(path), content)
 
     @classmethod
@@ -138,7 +140,12 @@ class MBQResult:
         named = {kind: _named(tensors, kind) for kind in ("clip", "codes", "scales", "zeros")}
         codes = {
             name: QuantizedWeight(
-                found, named["scales"][name], named["zeros"].get(name), config.w_bits, config.group_size, config.is_symmetric
+                found,
+                named["scales"][name],
+                named["zeros"].get(name),
+                config.w_bits,
+                config.group_size,
+                config.is_symmetric,
             )
             for name, found in named["codes"].items()
         }

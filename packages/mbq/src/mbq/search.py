@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from mbq.processes import Processes
 
 @dataclass
 class Weighting:
-    """How errors are weighted in one layer: lambda by kind of site (None: the plain mean), or a weight for each token."""
+    """How errors count in one layer: lambda by kind of site (None: the plain mean), or a weight for each token."""
 
     by_kind: dict[str, float | None]
     by_token: dict[str, list[Tensor]] | None = None
@@ -163,7 +164,7 @@ class LayerSearch:
     def _clips(self, layer: LayerScales) -> dict[str, Tensor]:
         """For each group of each linear layer, the share of its range that leaves the least squared output error.
 
-        As AWQ does it, on the inputs of the layer after scaling; queries and keys stay whole, their product is not linear.
+        As AWQ does it, on the inputs after scaling; queries and keys stay whole, since their product is not linear.
         """
         names = [name for name in self.plan.linears if not name.endswith(("q_proj", "k_proj", "qkv_proj"))]
         folded = folded_state(self.plan, layer.scales)
@@ -199,4 +200,3 @@ def best_clip(weight: Tensor, moments: Tensor, config: MBQConfig) -> Tensor:
 def _on(call: Call, device: torch.device) -> Call:
     """The call with its hidden states on `device`; other arguments are there already."""
     return Call(call.hidden.to(device), call.arguments, call.output, call.positional)
-

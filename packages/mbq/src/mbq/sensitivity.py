@@ -63,8 +63,8 @@ def measure_sensitivity(
                 for row in range(len(valid)):
                     if answer[row].any() and not bool(torch.isfinite(grad[row][valid[row].to(grad.device)]).all()):
                         raise CalibrationError(
-                            f"the gradient at {plan.name}.{plan.outputs[kind]} is not finite for sample {number + row}; "
-                            "a float16 model can overflow here: calibrate in bfloat16"
+                            f"the gradient at {plan.name}.{plan.outputs[kind]} is not finite for sample "
+                            f"{number + row}; a float16 model can overflow here: calibrate in bfloat16"
                         )
                 answered = answer.any(1)
                 for m, mask in enumerate((vision, answer)):

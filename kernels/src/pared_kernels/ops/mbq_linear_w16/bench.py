@@ -1,4 +1,4 @@
-"""Linear layers of a 7B language model (Qwen2-7B, the text part of LLaVA-OneVision-7B) in 3 and 4 bits, groups of 128."""
+"""Linear layers of Qwen2-7B, the text part of LLaVA-OneVision-7B, in 3 and 4 bits, groups of 128."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def mbq_linear_w16(
     group_size: int,
     bias: Tensor | None,
 ) -> Tensor:
-    """Return y[m, n] = sum_k x[m, k] (u[n, k] - z[n, k / g]) s[n, k / g] + bias[n], as `pared_kernels.mbq_linear_w16`."""
+    """Return sum_k x[m, k] (u[n, k] - z[n, k / g]) s[n, k / g] + bias[n], as `pared_kernels.mbq_linear_w16`."""
     weight = dequantize(packed, scales, zeros, bits, group_size, x.shape[1], accumulator(x.dtype))
     product = x.to(weight.dtype) @ weight.T
     return (product if bias is None else product + bias.to(weight.dtype)).to(x.dtype)

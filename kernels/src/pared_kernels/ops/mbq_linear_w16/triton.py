@@ -1,8 +1,8 @@
 """Packed linear layer on a GPU, in three ways by the number M of rows of x.
 
-M = 1: a matrix-vector product that unpacks in registers. Up to `TILED`: tiles of tensor-core products with codes unpacked
-in registers. Above: the weight is dequantised once into a scratch buffer and a library multiplies, since unpacking
-again for every tile of rows would cost more than it saves.
+M = 1: a matrix-vector product that unpacks in registers. Up to `TILED`: tiles of tensor-core products with codes that
+are unpacked in registers. Above: the weight is dequantised once into a scratch buffer and a library multiplies, since
+unpacking again for every tile of rows would cost more than it saves.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -63,7 +63,9 @@ def mbq_linear_w4a8(x: Tensor, packed: Tensor, scales: Tensor, bias: Tensor | No
     require_tensor("scales", scales, 2, FLOATS)
     rows, columns = packed.shape[0], x.shape[1]
     require(columns % 32 == 0, "columns of x", columns, "a multiple of 32")
-    require(packed.shape[1] == columns // 8, "words of packed", packed.shape[1], f"{columns // 8} for {columns} columns")
+    require(
+        packed.shape[1] == columns // 8, "words of packed", packed.shape[1], f"{columns // 8} for {columns} columns"
+    )
     require(scales.shape == (rows, 1), "shape of scales", tuple(scales.shape), str((rows, 1)))
     if bias is not None:
         require_tensor("bias", bias, 1, FLOATS)

@@ -1,4 +1,4 @@
-"""W4A8 on a GPU: one pass that quantises the tokens, then int8 tensor-core products with weights unpacked in registers."""
+"""W4A8 on a GPU: one pass that quantises the tokens, then int8 products with weights unpacked in registers."""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -15,9 +15,7 @@ from .reference import SMALLEST
 
 
 @triton.jit
-def quantize_tokens_kernel(
-    x_ptr, codes_ptr, scale_ptr, columns, SMALLEST: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def quantize_tokens_kernel(x_ptr, codes_ptr, scale_ptr, columns, SMALLEST: tl.constexpr, BLOCK_K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, columns, BLOCK_K):

@@ -22,8 +22,8 @@ def run(
     """Measure `experiments` (names joined by commas).
 
     `samples` clips calibrate, with `seeds` different draws; 8 questions about each of `clips` other ones are asked.
-    `model` is a folder with another ``vlm-world``; None: the shipped one. Raises ValueError for an unknown experiment or a
-    count below one.
+    `model` is a folder with another ``vlm-world``; None: the shipped one. Raises ValueError for an unknown experiment
+    or a count below one.
     """
     chosen = [name.strip() for name in experiments.split(",") if name.strip()]
     if unknown := sorted(set(chosen) - set(EXPERIMENTS)):
