@@ -13,7 +13,10 @@ from mbq_models import language_model
 from typer.testing import CliRunner
 
 WORDS = [f"w{number}" for number in range(50)]
-TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
 
 
 def tokenizer():

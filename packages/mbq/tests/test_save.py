@@ -41,19 +41,26 @@ def load_in_a_fresh_process(folder, kind, dtype, out):
 
 
 def test_a_packed_vlm_loads_in_a_fresh_process_that_imported_mbq_alone(tmp_path):
-    model = llava_onevision(num_hidden_layers=2).to(torch.bfloat16)
+    model = llava_onevision(num_hidden_layers=2)
     config = mbq.MBQConfig(group_size=32, grid=2)
     mbq.apply(model, config, explicit_batches(model, 1), restore="none")
-    with torch.no_grad():
-        logits = model(IDS).logits.float()
     model.save_pretrained(tmp_path / "packed")
-    state, theirs = load_in_a_fresh_process(tmp_path / "packed", "vlm", "bfloat16", tmp_path / "state")
+    state, theirs = load_in_a_fresh_process(tmp_path / "packed", "vlm", "float32", tmp_path / "state")
     ours = model.state_dict()
     assert state.keys() == ours.keys()
     assert all(state[name].equal(ours[name]) and state[name].dtype == ours[name].dtype for name in ours)
-    # bfloat16 models keep float16 scales: a scale that was rounded again would not fit its codes.
-    assert {value.dtype for name, value in state.items() if name.endswith("weight_scale")} == {torch.float16}
-    assert theirs.equal(logits)
+    assert theirs.equal(model(IDS).logits)
+
+
+def test_stored_scales_are_not_rounded_to_the_dtype_that_is_asked_for(tmp_path):
+    model = llava_onevision(num_hidden_layers=1)
+    mbq.apply(model, mbq.MBQConfig(**RTN), [], restore="none")
+    model.save_pretrained(tmp_path)
+    loaded = mbq.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+    scales = {name: value for name, value in model.state_dict().items() if name.endswith("weight_scale")}
+    found = loaded.state_dict()
+    assert all(found[name].equal(value) and value.dtype == torch.float16 for name, value in scales.items())
 
 
 def test_saving_a_loaded_model_again_writes_the_same_bytes(tmp_path):
@@ -108,12 +115,18 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_compressed_tensors_loads_its_export_and_computes_the_same(name, tmp_path):
     pytest.importorskip("compressed_tensors")
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     model = language_model(num_hidden_layers=1)
     mbq.apply(model, mbq.MBQConfig(**FORMATS[name]), [], restore="none")
     mbq.export(model, tmp_path, "compressed-tensors")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    # Their placeholders for packed zero points have the shape of unpacked ones, so that these load only dequantised.
+    dequantized = (
+        {}
+        if "symmetric" in name or name == "W4A8"
+        else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **dequantized)
     with torch.no_grad():
         ours, found = model(IDS).logits, theirs(IDS).logits
     # Their activations are rounded with a range of 255, ours with 127 steps a side, as the paper has it.

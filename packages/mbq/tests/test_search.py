@@ -81,7 +81,7 @@ def by_hand(model, batches, config, weights):
         calls, hooks = {}, []
         hooks = [record(module, calls, name) for name, module in modules.items()]
         for batch in batches:
-            model(**{k: v for k, v in batch.items() if k not in ("labels", "vision_mask")})
+            model(**{k: v for k, v in batch.items() if k not in ("labels", "vision_mask")}, use_cache=False)
         for hook in hooks:
             hook.remove()
         groups = [("attn", "attn", [attention.q_proj, attention.k_proj, attention.v_proj])]

@@ -56,7 +56,11 @@ def export(model: Any, path: str | Path, format: Format = "compressed-tensors") 
             state.pop(f"{name}.{key}", None)
         tensors = gptq_tensors(module) if format == "gptq" else awq_tensors(module)
         state |= {f"{name}.{key}": value for key, value in tensors.items()}
-    model.save_pretrained(folder, state_dict=state)
+    model.hf_quantizer.written = state
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.hf_quantizer.written = None
     zeros_are_stored = any(_zero_codes(model.get_submodule(name)).eq(0).any() for name in packed.modules)
     _rewrite(folder, gptq_config(config, zeros_are_stored) if format == "gptq" else awq_config(config, linears))
     return folder
@@ -86,6 +90,8 @@ def compressed_tensors_config(config: MBQConfig, ignored: list[str]) -> dict[str
                 "weights": weights,
                 "input_activations": inputs if config.a_bits == 8 else None,
                 "output_activations": None,
+                # Without it, weights with 8-bit inputs are taken for unpacked ones.
+                "format": "pack-quantized",
             }
         },
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pared_hooks import Patch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -41,6 +41,8 @@ class PackedQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: PackedConfig
+    written: dict[str, Tensor] | None = None
+    """What `save_pretrained` writes in place of the model's own tensors, while an export runs."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config.config
@@ -66,6 +68,10 @@ class PackedQuantizer(HfQuantizer):
                 dtype=linear.weight.dtype,
                 device="meta",
             )
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """The tensors to save; None: those of the model."""
+        return self.written, {}
 
     def is_serializable(self) -> bool:
         """Packed models are saved as they are."""
