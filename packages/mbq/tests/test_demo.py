@@ -16,7 +16,7 @@ def untrained(tmp_path_factory):
     from pared_zoo.recipes import recipe
 
     folder = tmp_path_factory.mktemp("vlm")
-    one = recipe("vlm-world")
+    one = recipe("vlm-world")()
     one.save(one.build(), folder)
     return folder
 

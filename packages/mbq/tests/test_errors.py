@@ -148,6 +148,9 @@ def test_a_result_of_another_model_or_configuration_is_refused(tmp_path):
 def test_a_fold_that_changes_the_layer_is_rolled_back_and_names_both_ends():
     model = language_model(num_hidden_layers=2)
     result = mbq.calibrate(model, explicit_batches(model, 1), mbq.MBQConfig(**W3, method="awq"))
+    next(group for group in result.groups if (group.layer, group.site) == (1, 0)).scale.copy_(
+        torch.linspace(0.5, 2, 64)
+    )
     # A reader of the norm that no scale reaches: the residual of the second layer.
     layer = model.model.layers[1]
     forward = layer.self_attn.forward

@@ -81,7 +81,7 @@ def calibrate(
 
 
 def _ids(batch: Batch) -> Tensor:
-    found = batch if isinstance(batch, Tensor) else batch.get("input_ids")
+    found = batch if isinstance(batch, Tensor) else batch.get("input_ids", batch.get("inputs_embeds"))
     return found if isinstance(found, Tensor) else torch.zeros(0, dtype=torch.int64)
 
 

@@ -151,7 +151,7 @@ class FakeQuantLinear(nn.Linear):
         """The layer `linear` with this weight and bias."""
         rows, columns = weight.codes.shape
         like = linear.weight
-        module = cls(columns, rows, bias is not None, device=like.device, dtype=like.dtype)
+        module = cls(columns, rows, bias is not None, device="meta")
         module.weight = nn.Parameter(dequantize_weight(weight).to(like), requires_grad=False)
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().to(like, copy=True), requires_grad=False)

@@ -21,7 +21,7 @@ def lines(result: MBQResult) -> Iterator[str]:
 
 
 def sensitivity_plot(sensitivity: dict[str, dict[str, list[float]]]) -> Any:
-    """A matplotlib figure: mean |gradient| of answer and vision tokens by layer, for attention and MLP."""
+    """A figure of mean |gradient| by layer for both kinds of token; needs matplotlib, which the extra `demo` has."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")

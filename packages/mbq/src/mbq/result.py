@@ -171,10 +171,11 @@ def architecture_of(plans: Sequence[LayerPlan]) -> str:
 
 
 def digest(tensors: Sequence[Tensor]) -> str:
-    """Hash of the contents of integer or boolean tensors."""
+    """Hash of shapes and contents of tensors."""
     sink = hashlib.sha256()
     for tensor in tensors:
-        sink.update(tensor.detach().cpu().to(torch.int64).numpy().tobytes())
+        sink.update(str(tuple(tensor.shape)).encode())
+        sink.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sink.hexdigest()[:16]
 
 
