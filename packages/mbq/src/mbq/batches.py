@@ -49,12 +49,13 @@ def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
     }
 
 
-def masks(view: DecoderView, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def masks(view: DecoderView, batch: Batch, positions: str = "answer") -> tuple[Tensor, Tensor, Tensor]:
     """(answer, vision, valid) of a batch, bool (B, T), on the CPU (section 3.2).
 
     The answer's tokens are those with a label; a tensor of token ids alone is text that is all answer. Vision tokens
     come from `mm_token_type_ids`, or from the image and video token ids of the configuration. `answer_mask` and
-    `vision_mask` in the batch are taken as they are. Padding is in neither.
+    `vision_mask` in the batch are taken as they are. Padding is in neither. `positions` "predicting" moves the answer's
+    tokens by one, to where each is predicted.
 
     Raises CalibrationError naming what is missing.
     """
@@ -71,6 +72,8 @@ def masks(view: DecoderView, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         answer = entries["labels"].cpu() != IGNORED
     else:
         answer = torch.zeros(shape, dtype=torch.bool)
+    if positions == "predicting":
+        answer = torch.nn.functional.pad(answer[:, 1:], (0, 1))
     vision = _vision_mask(view, entries, shape)
     for name, mask in (("answer_mask", answer), ("vision_mask", vision), ("attention_mask", valid)):
         if mask.shape != shape:
@@ -96,13 +99,13 @@ def _vision_mask(view: DecoderView, entries: Mapping[str, Any], shape: tuple[int
 
 
 @torch.no_grad()
-def capture(view: DecoderView, batch: Batch) -> list[Sample]:
+def capture(view: DecoderView, batch: Batch, positions: str = "answer") -> list[Sample]:
     """Run what comes before the decoder layers and return a sample for each row of the batch.
 
     The layers themselves do not run: each returns zeros, so that what the decoder adds between layers shows up as the
     input of the next one.
     """
-    answer, vision, valid = masks(view, batch)
+    answer, vision, valid = masks(view, batch, positions)
     inputs = model_inputs(batch, next(view.embed.parameters()).device)
     seen: list[Tensor] = []
     arguments: dict[str, dict[str, Any]] = {}

@@ -60,7 +60,7 @@ def calibrate(
     processes = Processes(accelerator)
     every = [] if config.method == "rtn" else list(batches)
     mine = processes.share(every) if every else []
-    found = [masks(view, batch) for batch in every]
+    found = [masks(view, batch, config.answer_positions) for batch in every]
     if config.method != "rtn":
         _require_answers(config, found)
     data = digest([mask for each in found for mask in each] + [_ids(batch) for batch in every])
@@ -73,7 +73,9 @@ def calibrate(
         return result
     sensitivity = None
     if config.needs_gradients and (not result.sensitivity or config.method == "token"):
-        sensitivity = measure_sensitivity(view, plans, mine, config.method == "token", processes)
+        sensitivity = measure_sensitivity(
+            view, plans, mine, config.method == "token", processes, config.answer_positions
+        )
         result.sensitivity = {"vision": dict(sensitivity.vision), "answer": dict(sensitivity.answer)}
     result.weights = _lambdas(config, result.sensitivity, len(plans))
     _search_layers(view, plans, mine, config, result, sensitivity, processes, path, device, track)
@@ -134,7 +136,9 @@ def _search_layers(
     device: torch.device | str | None,
     track: Track,
 ) -> None:
-    full = Stream([sample for batch in batches for sample in capture(view, batch)], config.batch_size)
+    full = Stream(
+        [sample for batch in batches for sample in capture(view, batch, config.answer_positions)], config.batch_size
+    )
     distorted = full.copy() if config.distort else None
     for plan in track(plans):
         with _placed(plan, device):

@@ -33,6 +33,11 @@ class MBQConfig(Config):
     the gradient of each token. "gptq", "smoothquant", "rtn" (rounding alone): baselines without that search."""
     loss: Literal["mae", "mse"] = "mae"
     """Absolute or squared error of a block's output."""
+    answer_positions: Literal["answer", "predicting"] = "answer"
+    """Where answer tokens are weighed: at themselves, as in the paper's code, or one before, where they are predicted.
+
+    For answers of a word or two the second is the sensible one: there little is left to predict at the answer itself.
+    """
     ratio_floor: Literal["median"] | None = "median"
     """Least weight of vision tokens: the median over layers, as in the paper's code, or none."""
     distort: bool = False

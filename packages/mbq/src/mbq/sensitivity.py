@@ -40,6 +40,7 @@ def measure_sensitivity(
     batches: Iterable[Batch],
     keep_tokens: bool = False,
     processes: Processes | None = None,
+    positions: str = "answer",
 ) -> Sensitivity:
     """Back-propagate the answers' cross-entropy and average |gradient| by modality; the model is left as it was.
 
@@ -54,8 +55,8 @@ def measure_sensitivity(
     tokens: dict[Kind, list[list[Tensor]]] = {kind: [] for kind in kinds}
     number = 0
     for batch in batches:
-        answer, vision, valid = masks(view, batch)
-        found = _gradients(view, plans, batch, answer)
+        answer, vision, valid = masks(view, batch, positions)
+        found = _gradients(view, plans, batch, masks(view, batch)[0])
         for k, kind in enumerate(kinds):
             kept: list[list[Tensor]] = [[] for _ in range(len(valid))]
             for plan in plans:

@@ -6,13 +6,15 @@ from typing import Any
 
 from mbq.config import MBQConfig
 
+# The zoo's model answers in a word, so that its answers are weighed where they are predicted.
 # Name -> options beside bits, group size and activations.
 SEARCHED: dict[str, dict[str, Any]] = {
     "RTN": {"method": "rtn"},
     "AWQ (mse)": {"method": "awq", "loss": "mse"},
     "AWQ (mae)": {"method": "awq"},
-    "MBQ": {"method": "mbq"},
-    "MBQ, no floor": {"method": "mbq", "ratio_floor": None},
+    "MBQ": {"method": "mbq", "answer_positions": "predicting"},
+    "MBQ, no floor": {"method": "mbq", "answer_positions": "predicting", "ratio_floor": None},
+    "MBQ, at the answer": {"method": "mbq"},
     "token-weighted": {"method": "token"},
     "GPTQ": {"method": "gptq"},
 }
@@ -20,7 +22,7 @@ INTEGER: dict[str, dict[str, Any]] = {
     "RTN": {"method": "rtn"},
     "SmoothQuant": {"method": "smoothquant"},
     "AWQ (mae)": {"method": "awq"},
-    "MBQ": {"method": "mbq"},
+    "MBQ": {"method": "mbq", "answer_positions": "predicting"},
 }
 
 

@@ -32,14 +32,16 @@ def sensitivities(context: BenchContext, folder: Path | None, samples: int) -> l
             torch.manual_seed(context.seed)
             model = type(model)(model.config).to(context.device).eval()
         view, plans = plan_layers(model, MBQConfig(group_size=GROUP))
-        found = measure_sensitivity(view, plans, calibration_batches(model, samples, context.seed))
-        for kind in ("attn", "mlp"):
-            ratios = [v / a for v, a in zip(found.vision[kind], found.answer[kind], strict=True)]  # type: ignore[index]
-            settings = {"experiment": "sensitivity", "kind": kind, "samples": samples}
-            for layer, ratio in enumerate(ratios):
-                records.append(Record("mbq", name, "vision / answer", ratio, "", {**settings, "layer": layer}))
-            median = statistics.median(ratios)
-            records.append(Record("mbq", name, "median vision / answer", median, "", settings))
+        batches = calibration_batches(model, samples, context.seed)
+        for positions in ("answer", "predicting"):
+            found = measure_sensitivity(view, plans, batches, positions=positions)
+            for kind in ("attn", "mlp"):
+                ratios = [v / a for v, a in zip(found.vision[kind], found.answer[kind], strict=True)]  # type: ignore[index]
+                settings = {"experiment": "sensitivity", "kind": kind, "samples": samples, "positions": positions}
+                for layer, ratio in enumerate(ratios):
+                    records.append(Record("mbq", name, "vision / answer", ratio, "", {**settings, "layer": layer}))
+                median = statistics.median(ratios)
+                records.append(Record("mbq", name, "median vision / answer", median, "", settings))
     return records
 
 
