@@ -18,7 +18,8 @@ def cases(seed: int) -> Iterator[Case]:
     """Yield cases over shapes and dtypes; one token of each x is zero, and columns of an odd multiple of 32 occur."""
     generator = torch.Generator().manual_seed(seed)
     for shape in (*SHAPES, (2, 96, 4, True)):
-        for dtype in FLOATS:
+        # Hundreds of tokens, for the largest tiles, take the interpreter long.
+        for dtype in FLOATS if shape[0] < 500 else (torch.float16,):
             arguments = draw(*shape, dtype, generator)
             layouts = every_layout(arguments[0]) if shape == SHAPES[1] else [("contiguous", arguments[0])]
             for layout, x in layouts:
