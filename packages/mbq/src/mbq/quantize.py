@@ -145,10 +145,6 @@ def _probe(view: Any) -> Sample:
     embeds = torch.randn(1, GUARD_TOKENS, view.hidden_size, generator=generator)
     weight = next(view.embed.parameters())
     batch = {"inputs_embeds": embeds.to(weight), "answer_mask": torch.ones(1, GUARD_TOKENS)}
-    if view.model is not view.root:
-        from dataclasses import replace
-
-        view = replace(view, root=view.model)
     return capture(view, batch)[0]
 
 
