@@ -79,13 +79,14 @@ class Stream:
                 raise CalibrationError(f"the output of {plan.name} is not finite for calibration sample {sample}")
             if advance:
                 outputs |= {number: result[place : place + 1].cpu() for place, number in enumerate(numbers)}
-            masks = [torch.cat([getattr(self.samples[n], kind) for n in numbers]) for kind in ("answer", "vision")]
-            batches.append(MicroBatch(numbers, masks[0], masks[1], calls))
+            answer = torch.cat([self.samples[number].answer for number in numbers])
+            vision = torch.cat([self.samples[number].vision for number in numbers])
+            batches.append(MicroBatch(numbers, answer, vision, calls))
         if advance:
             following = plan.index + 1
-            for number, sample in enumerate(self.samples):
+            for place, sample in enumerate(self.samples):
                 extra = sample.additions.get(following)
-                self.hidden[number] = outputs[number] if extra is None else outputs[number] + extra
+                self.hidden[place] = outputs[place] if extra is None else outputs[place] + extra
         return batches
 
     def _joined(self, plan: LayerPlan, numbers: list[int]) -> tuple[Tensor, dict[str, Any]]:

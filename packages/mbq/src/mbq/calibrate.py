@@ -76,7 +76,10 @@ def calibrate(
         sensitivity = measure_sensitivity(
             view, plans, mine, config.method == "token", processes, config.answer_positions
         )
-        result.sensitivity = {"vision": dict(sensitivity.vision), "answer": dict(sensitivity.answer)}
+        result.sensitivity = {
+            "vision": {kind: sensitivity.vision[kind] for kind in sensitivity.vision},
+            "answer": {kind: sensitivity.answer[kind] for kind in sensitivity.answer},
+        }
     result.weights = _lambdas(config, result.sensitivity, len(plans))
     _search_layers(view, plans, mine, config, result, sensitivity, processes, path, device, track)
     return result

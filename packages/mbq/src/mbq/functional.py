@@ -181,7 +181,14 @@ class LossSums(NamedTuple):
 
     def plus(self, other: LossSums) -> LossSums:
         """Sums over both parts of the data."""
-        return LossSums(*(one + two for one, two in zip(self, other, strict=True)))
+        return LossSums(
+            self.answer + other.answer,
+            self.vision + other.vision,
+            self.every + other.every,
+            self.answer_count + other.answer_count,
+            self.vision_count + other.vision_count,
+            self.every_count + other.every_count,
+        )
 
 
 def loss_sums(

@@ -29,6 +29,7 @@ class QuantLinear(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
     weight_shape: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -90,8 +91,7 @@ class QuantLinear(nn.Module):
             module.weight_zero_point = pack_dense(weight.zeros, weight.bits, dim=0)
         module.weight_shape = torch.tensor([rows, columns], device=weight.codes.device)
         if bias is not None:
-            assert module.bias is not None
-            module.bias.data = bias.detach().to(dtype, copy=True)
+            module.bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
         return module
 
     def quantized_weight(self) -> QuantizedWeight:

@@ -18,9 +18,8 @@ class Processes:
 
     def __init__(self, accelerator: Any = None) -> None:
         self.accelerator = accelerator
-        self.index, self.count = (
-            (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-        )
+        self.index: int = 0 if accelerator is None else accelerator.process_index
+        self.count: int = 1 if accelerator is None else accelerator.num_processes
 
     @property
     def is_main(self) -> bool:

@@ -152,9 +152,9 @@ class LayerSearch:
             )
             total = sums if total is None else total.plus(sums)
         assert total is not None
-        sums = self.processes.sum(torch.stack([total.answer, total.vision, total.every]).cpu())
-        counts = self.processes.sum(torch.tensor(total[3:]))
-        return LossSums(*sums, *(int(count) for count in counts))
+        over_all = self.processes.sum(torch.stack([total.answer, total.vision, total.every]).cpu())
+        counts = self.processes.sum(torch.tensor([total.answer_count, total.vision_count, total.every_count]))
+        return LossSums(*over_all, *(int(count) for count in counts))
 
     def _token_weights(self, site: Site, batch: MicroBatch, device: torch.device) -> Tensor | None:
         if self.weighting.by_token is None:

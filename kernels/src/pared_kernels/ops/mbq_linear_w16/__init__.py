@@ -64,7 +64,7 @@ def mbq_linear_w16(
         packed: (N, K * bits / 32) int32, the codes u of a row as a dense bit stream (`pared_kernels.bitstream`).
         scales: (N, G) float16, bfloat16 or float32, G = K / group_size.
         zeros: (ceil(N * bits / 32), G) int32, the zero points as a bit stream along N; None: 2^(bits - 1).
-        bits: 2 to 8. Kernels for a GPU exist for every width; M = 1 has one of its own for 3 and 4.
+        bits: 2 to 8. On a GPU, M = 1 has a kernel of its own.
         group_size: a multiple of 32 that divides K; K itself for one scale a row.
         bias: (N,), or None.
 

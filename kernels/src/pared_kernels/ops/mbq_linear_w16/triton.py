@@ -253,9 +253,9 @@ def mbq_linear_w16(
     if many == 1:
         gemv_kernel[(blocks, split)](*tensors, rows, columns, groups, steps, **shared)
     else:
-        grid = (triton.cdiv(rows, constants["BLOCK_ROWS"]), triton.cdiv(many, constants["BLOCK_X"]), split)
+        tiles = (triton.cdiv(rows, constants["BLOCK_ROWS"]), triton.cdiv(many, constants["BLOCK_X"]), split)
         widen = dispatch.interprets() and x.dtype == torch.bfloat16
-        gemm_kernel[grid](*tensors, many, rows, columns, groups, steps, WIDEN=widen, **shared)
+        gemm_kernel[tiles](*tensors, many, rows, columns, groups, steps, WIDEN=widen, **shared)
     if whole:
         return out[0]
     total = out.sum(0)
