@@ -75,8 +75,8 @@ class Stream:
             result: Tensor = called[0] if isinstance(called, tuple) else called
             finite = torch.isfinite(result).flatten(1).all(1)
             if not bool(finite.all()):
-                sample = numbers[int((~finite).nonzero()[0, 0])]
-                raise CalibrationError(f"the output of {plan.name} is not finite for calibration sample {sample}")
+                first = numbers[int((~finite).nonzero()[0, 0])]
+                raise CalibrationError(f"the output of {plan.name} is not finite for calibration sample {first}")
             if advance:
                 outputs |= {number: result[place : place + 1].cpu() for place, number in enumerate(numbers)}
             answer = torch.cat([self.samples[number].answer for number in numbers])
