@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from workspace import ROOT, TAKEN_NAMES, Member, members
+from workspace import ROOT, TAKEN_NAMES, Member, members, requirement_name
 
 EVERY_MEMBER = ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE")
 EVERY_PACKAGE = ("mkdocs.yml", "docs/index.md", "tests")
@@ -71,7 +71,11 @@ def test_a_member_has_typed_imports_for_its_users(one: Member) -> None:
 @pytest.mark.parametrize("one", PACKAGES, ids=names)
 def test_the_workspace_installs_every_package_with_its_demo(one: Member) -> None:
     workspace = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert f"{one.name}[demo]" in workspace["project"]["dependencies"]
+    extras = {
+        requirement_name(needed): re.findall(r"[\w-]+", needed.partition("[")[2])
+        for needed in workspace["project"]["dependencies"]
+    }
+    assert "demo" in extras[one.name]
     assert workspace["tool"]["uv"]["sources"][one.name] == {"workspace": True}
 
 
