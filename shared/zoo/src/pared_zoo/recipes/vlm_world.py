@@ -13,6 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
+from pared_zoo.recipes.attention import PLAIN, plain_attention
 from pared_zoo.recipes.base import Batch, Recipe, Schedule, Track
 from pared_zoo.recipes.chat import END, IMAGE, PAD, VIDEO, chat_processor, chat_tokenizer
 from pared_zoo.recipes.sight import LOOKS, MOTIONS, PATH, PLACE, cells, look_loss, look_words, motion_loss
@@ -21,6 +22,7 @@ from pared_zoo.world import (
     Clip,
     ClipDistribution,
     Program,
+    Question,
     Scene,
     SceneDistribution,
     camera_noise,
@@ -29,6 +31,7 @@ from pared_zoo.world import (
     sample_clips,
     sample_scenes,
 )
+from pared_zoo.world.clip_question import CLIP_QUESTIONS
 
 SIDE, PATCH = 64, 8
 #: Tokens of one frame: neighbouring patches are pooled two by two.
@@ -44,8 +47,11 @@ ARCHITECTURE: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 STILL = ("still", "appear", "vanish", "flash", "recolor")
 #: What clips are drawn from in training: kinds that alone can be asked some questions are drawn more often.
-CLIPS = ClipDistribution({**ClipDistribution().kinds, "order": 2.0, "flash": 2.0, "pair": 1.5, "recolor": 1.5})
+_RARE = {"order": 4.0, "pair": 3.0, "recolor": 3.0, "flash": 2.0, "still_then_fast": 1.5, "fast_then_still": 1.5}
+CLIPS = ClipDistribution({**ClipDistribution().kinds, **_RARE})
 PICTURES = SceneDistribution(max_objects=3)
+#: What one frame shows; all else that is asked about clips happens over time.
+SHOWN = ("color", "shape", "size", "texture", "background")
 MOVING = ClipDistribution({kind: weight for kind, weight in CLIPS.kinds.items() if kind not in STILL})
 
 
@@ -79,10 +85,10 @@ class Stage:
 #: Naming what is where in pictures, and answering about some; answering about more objects; about short clips; about
 #: clips of the full length.
 STAGES = (
-    Stage(until=0.1, frames=1, subjects=16, talked=4, asked=8, sees=True, objects=2),
-    Stage(until=0.197, frames=1, subjects=8, talked=4, asked=8, sees=True, objects=3),
-    Stage(until=0.6, frames=8, subjects=1, talked=1, asked=10, sees=True, pictures=8, silent=3),
-    Stage(until=1.0, frames=16, subjects=1, talked=1, asked=10, sees=False, silent=1),
+    Stage(until=0.04, frames=1, subjects=16, talked=4, asked=8, sees=True, objects=2),
+    Stage(until=0.08, frames=1, subjects=8, talked=4, asked=8, sees=True, objects=3),
+    Stage(until=0.25, frames=8, subjects=1, talked=1, asked=16, sees=True, pictures=8, silent=3),
+    Stage(until=1.0, frames=16, subjects=1, talked=1, asked=16, sees=False, pictures=4),
 )
 
 
@@ -116,7 +122,7 @@ class Pupil(torch.nn.Module):
         ``trained`` is whether the vision tower gets a gradient; the projector always does.
         """
         inner = self.model.model
-        with _attention(SDPBackend.MATH, pixels), torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        with _plain_products(pixels), torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             # The model reads the last layer's output, before the norm behind it.
             patches = inner.vision_tower(pixels.flatten(0, 1), output_hidden_states=True).hidden_states[-1]
         return inner.apply_pooling(inner.multi_modal_projector(patches)).unflatten(0, pixels.shape[:2])
@@ -131,14 +137,13 @@ class Pupil(torch.nn.Module):
         embeddings = torch.cat([part.float() for part in parts], dim=1)
         prefix = embeddings.shape[1] - batch["ids"].shape[1]
         before = torch.arange(prefix, device=tokens.device).expand(rows, -1)
-        with _attention(SDPBackend.FLASH_ATTENTION if tokens.shape[1] > 1 else SDPBackend.MATH, tokens):
-            out = inner.language_model(
-                inputs_embeds=embeddings,
-                attention_mask=turn_mask(batch["turns"], prefix),
-                position_ids=torch.cat([before, prefix + batch["offsets"]], dim=1),
-                output_hidden_states=True,
-                use_cache=False,
-            )
+        out = inner.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=turn_mask(batch["turns"], prefix),
+            position_ids=torch.cat([before, prefix + batch["offsets"]], dim=1),
+            output_hidden_states=True,
+            use_cache=False,
+        )
         told = out.hidden_states[MOTION_LAYER][:, len(opening) : prefix - 1]
         return self.model.lm_head(out.last_hidden_state[:, prefix:]), told.unflatten(1, tokens.shape[1:3])
 
@@ -149,9 +154,8 @@ class Pupil(torch.nn.Module):
         states = torch.cat([begin.float(), tokens.flatten(1, 2).float()], dim=1)
         position_ids = torch.arange(states.shape[1], device=states.device)[None]
         rotary = text.rotary_emb(states, position_ids)
-        with _attention(SDPBackend.FLASH_ATTENTION, tokens):
-            for layer in text.layers[:MOTION_LAYER]:
-                states = layer(states, attention_mask=None, position_ids=position_ids, position_embeddings=rotary)
+        for layer in text.layers[:MOTION_LAYER]:
+            states = layer(states, attention_mask=None, position_ids=position_ids, position_embeddings=rotary)
         return states[:, len(opening) :].unflatten(1, tokens.shape[1:3])
 
 
@@ -166,12 +170,12 @@ class VlmWorld(Recipe):
     library = "transformers"
     stages = STAGES
     schedules: ClassVar = {
-        "small": Schedule(steps=4200, batch_size=8, learning_rate=1.5e-3, warmup=200),
+        "small": Schedule(steps=10_500, batch_size=8, learning_rate=1.5e-3, warmup=200),
         "base": Schedule(steps=40_000, batch_size=64, learning_rate=8e-4, warmup=500, ema_decay=0.9995),
     }
 
     def build(self) -> torch.nn.Module:
-        from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+        from transformers import AttentionInterface, LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
         torch.manual_seed(self.seed_of(0))
         seen, text = ARCHITECTURE[self.size]
@@ -214,6 +218,8 @@ class VlmWorld(Recipe):
             for branch in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 # All branches together add about as much as the embeddings are.
                 branch.weight.data.mul_((2 * text[1]) ** -0.5)
+        AttentionInterface.register(PLAIN, plain_attention)
+        model.model.language_model.set_attn_implementation(PLAIN)
         model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(END)
         model.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids(PAD)
         return Pupil(model)
@@ -234,7 +240,7 @@ class VlmWorld(Recipe):
             clips = [picture(scene) for scene in scenes]
         else:
             clips = sample_clips(count, seed, stage.frames, CLIPS)
-            asked = [questions(clip, seed + i, stage.asked) for i, clip in enumerate(clips)]
+            asked = [interview(clip, seed + i, stage.asked) for i, clip in enumerate(clips)]
         right = cells(clips)
         batch = {"pixels": noisy_pixels(clips, seed)} | vars(right)
         if stage.pictures:
@@ -313,6 +319,13 @@ def to_pixels(frames: torch.Tensor) -> torch.Tensor:
     return frames.float() / 127.5 - 1
 
 
-def _attention(backend: SDPBackend, like: torch.Tensor) -> AbstractContextManager[Any]:
-    """On a CPU plain products are faster for the few patches of a frame, and fused attention is for long sequences."""
-    return sdpa_kernel(backend) if like.device.type == "cpu" else nullcontext()
+def interview(clip: Clip, seed: int, n: int) -> list[Question]:
+    """``n`` questions about a clip, or as many as there are, most of them about what happens in it."""
+    happens = [kind for kind in CLIP_QUESTIONS if kind not in SHOWN]
+    asked = questions(clip, seed, n - n // 4, happens)
+    return asked + questions(clip, seed, n - len(asked), SHOWN)
+
+
+def _plain_products(like: torch.Tensor) -> AbstractContextManager[Any]:
+    """On a CPU they are faster than fused attention for the few patches of a frame."""
+    return sdpa_kernel(SDPBackend.MATH) if like.device.type == "cpu" else nullcontext()
