@@ -13,9 +13,10 @@ import torch
 from pared_zoo.recipes.chat import chat_tokenizer
 from pared_zoo.recipes.exam import NEEDLE, TASKS, exam, exam_pixels, examine
 from pared_zoo.recipes.turns import Turns, right_answers
-from pared_zoo.recipes.vlm_world import SIDE, Pupil, VlmWorld, to_pixels
+from pared_zoo.recipes.vlm_world import CLIPS, SHOWN, SIDE, Pupil, VlmWorld, interview, to_pixels
 from pared_zoo.shipped import FOLDER
-from pared_zoo.world import iter_clips, render_clip
+from pared_zoo.world import iter_clips, render_clip, sample_clips
+from pared_zoo.world.clip_question import CLIP_QUESTIONS
 
 trained = pytest.mark.skipif(not (FOLDER / "vlm-world").is_dir(), reason="vlm-world is not trained here")
 #: Neither trained on nor behind the numbers of the card.
@@ -79,6 +80,15 @@ def test_batches_of_every_stage_can_be_learnt_from():
         pupil.zero_grad()
         assert torch.equal(batch["pixels"], recipe.batch(step, 0, 1)["pixels"])
         assert not torch.equal(batch["pixels"], recipe.batch(step, 1, 1)["pixels"])
+
+
+def test_training_asks_mostly_about_what_happens():
+    clips = sample_clips(40, SEED, 16, CLIPS)
+    asked = [interview(clip, i, 16) for i, clip in enumerate(clips)]
+    kinds = Counter(q.kind for questions in asked for q in questions)
+    assert set(kinds) == set(CLIP_QUESTIONS)
+    assert sum(n for kind, n in kinds.items() if kind not in SHOWN) > 0.5 * kinds.total()
+    assert all(len({q.text for q in questions}) == len(questions) <= 16 for questions in asked)
 
 
 def test_how_things_move_is_told_alike_with_and_without_questions():
