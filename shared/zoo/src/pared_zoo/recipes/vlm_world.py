@@ -52,6 +52,9 @@ CLIPS = ClipDistribution({**ClipDistribution().kinds, **_RARE})
 PICTURES = SceneDistribution(max_objects=3)
 #: What one frame shows; all else that is asked about clips happens over time.
 SHOWN = ("color", "shape", "size", "texture", "background")
+#: Questions that name one thing among others: pictures teach that much faster than clips do.
+NAMED = ("color", "shape", "size", "texture", "relation")
+NAMED_ASKED = 8
 MOVING = ClipDistribution({kind: weight for kind, weight in CLIPS.kinds.items() if kind not in STILL})
 
 
@@ -67,7 +70,8 @@ class Stage:
         asked: questions about each of those.
         sees: whether the vision tower is trained.
         objects: most objects in a picture; clips have up to three.
-        pictures: further pictures, of which only what is where has to be told.
+        pictures: further pictures, of which what is where has to be told.
+        named: how many of those are asked about, as ``NAMED`` says.
         silent: further clips, of which only how things move has to be told.
     """
 
@@ -79,6 +83,7 @@ class Stage:
     sees: bool
     objects: int = 3
     pictures: int = 0
+    named: int = 0
     silent: int = 0
 
 
@@ -87,8 +92,8 @@ class Stage:
 STAGES = (
     Stage(until=0.04, frames=1, subjects=16, talked=4, asked=8, sees=True, objects=2),
     Stage(until=0.08, frames=1, subjects=8, talked=4, asked=8, sees=True, objects=3),
-    Stage(until=0.25, frames=8, subjects=1, talked=1, asked=16, sees=True, pictures=8, silent=3),
-    Stage(until=1.0, frames=16, subjects=1, talked=1, asked=16, sees=False, pictures=4),
+    Stage(until=0.25, frames=8, subjects=1, talked=1, asked=12, sees=True, pictures=6, named=3, silent=3),
+    Stage(until=1.0, frames=16, subjects=1, talked=1, asked=12, sees=False, pictures=4, named=3),
 )
 
 
@@ -242,20 +247,27 @@ class VlmWorld(Recipe):
             clips = sample_clips(count, seed, stage.frames, CLIPS)
             asked = [interview(clip, seed + i, stage.asked) for i, clip in enumerate(clips)]
         right = cells(clips)
-        batch = {"pixels": noisy_pixels(clips, seed)} | vars(right)
+        batch = {"pixels": noisy_pixels(clips, seed), "sees": torch.tensor(stage.sees)} | vars(right)
+        batch |= self._turns.pack(asked[: size * stage.talked])
         if stage.pictures:
-            seed = self.seed_of(5, step, rank)
-            further = [picture(scene) for scene in sample_scenes(size * stage.pictures, seed, PICTURES)]
-            right = cells(further)
-            batch |= {"further": noisy_pixels(further, seed)}
-            batch |= {"further_looks": right.looks, "further_places": right.places}
+            batch |= self._pictures(stage, self.seed_of(5, step, rank), size)
         if stage.silent:
             seed = self.seed_of(6, step, rank)
             clips = sample_clips(size * stage.silent, seed, stage.frames, MOVING)
             right = cells(clips)
             batch |= {"silent": noisy_pixels(clips, seed)}
             batch |= {"silent_motions": right.motions, "silent_paths": right.paths}
-        return batch | self._turns.pack(asked[: size * stage.talked]) | {"sees": torch.tensor(stage.sees)}
+        return batch
+
+    def _pictures(self, stage: Stage, seed: int, size: int) -> Batch:
+        scenes = sample_scenes(size * stage.pictures, seed, PICTURES)
+        # Those of more objects come first: they are asked about.
+        scenes.sort(key=lambda scene: -len(scene.objects))
+        further = [picture(scene) for scene in scenes]
+        right = cells(further)
+        batch = {"further": noisy_pixels(further, seed), "further_looks": right.looks, "further_places": right.places}
+        asked = [questions(scene, seed, NAMED_ASKED, NAMED) for scene in scenes[: size * stage.named]]
+        return batch | {f"further_{key}": value for key, value in self._turns.pack(asked).items()}
 
     def loss(self, module: Any, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         sees = bool(batch["sees"])
@@ -268,13 +280,13 @@ class VlmWorld(Recipe):
             terms["look"], terms["seen"] = look_loss(module.look(tokens), batch["looks"], batch["places"])
             terms["loss"] = terms["loss"] + LOOK_WEIGHT * terms["look"]
         if "further" in batch:
-            further = module.look(module.see(to_pixels(batch["further"])))
-            terms["look"], terms["seen"] = look_loss(further, batch["further_looks"], batch["further_places"])
-            terms["loss"] = terms["loss"] + LOOK_WEIGHT * terms["look"]
-        logits, told = module.answer(tokens[: len(batch["ids"])], self._turns.opening, batch)
-        labels, right = batch["labels"], right_answers(logits, batch["labels"], batch["turns"])
-        total = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        terms["answer"], terms["right"] = total / right.isfinite().sum(), right.nanmean()
+            further = module.see(to_pixels(batch["further"]))
+            looks = batch["further_looks"], batch["further_places"]
+            terms["look"], terms["seen"] = look_loss(module.look(further), *looks)
+            turns = {key: batch[f"further_{key}"] for key in ("ids", "labels", "turns", "offsets")}
+            named, *_ = self._answers(module, further, turns)
+            terms["loss"] = terms["loss"] + LOOK_WEIGHT * terms["look"] + named
+        terms["answer"], terms["right"], told = self._answers(module, tokens, batch)
         terms["loss"] = terms["loss"] + terms["answer"]
         if tokens.shape[1] > 1:
             motions, paths = batch["motions"], batch["paths"]
@@ -286,6 +298,13 @@ class VlmWorld(Recipe):
             terms["motion"], terms["followed"] = motion_loss(module.motion(told), motions, paths)
             terms["loss"] = terms["loss"] + MOTION_WEIGHT * terms["motion"]
         return terms
+
+    def _answers(self, module: Any, tokens: torch.Tensor, turns: Batch) -> tuple[torch.Tensor, ...]:
+        """Loss of the answers of ``turns`` about the first of ``tokens``, share of right ones, see ``answer``."""
+        logits, told = module.answer(tokens[: len(turns["ids"])], self._turns.opening, turns)
+        labels, right = turns["labels"], right_answers(logits, turns["labels"], turns["turns"])
+        total = cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / right.isfinite().sum(), right.nanmean(), told
 
     def save(self, module: Any, folder: Path) -> None:
         module.model.half().save_pretrained(folder)
