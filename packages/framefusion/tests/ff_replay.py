@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from framefusion.apply import install
 from framefusion.config import FrameFusionConfig
-from framefusion.functional.controller import Decision, Reducer, Selection
+from framefusion.functional.decision import Decision
+from framefusion.functional.reducer import Reducer
+from framefusion.functional.selection import Selection
 
 
 class Replay(Reducer):

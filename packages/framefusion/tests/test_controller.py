@@ -9,7 +9,7 @@ import pytest
 import torch
 from framefusion import BudgetError, FrameFusionConfig
 from framefusion.functional import Controller, required_sparsity
-from framefusion.functional.controller import Reducer
+from framefusion.functional.reducer import Reducer
 from test_functional import random_hidden, random_layout
 
 

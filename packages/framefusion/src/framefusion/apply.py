@@ -18,11 +18,13 @@ from framefusion.decoder_layer import check_layers
 from framefusion.engine import Engine, Strategy
 from framefusion.errors import LayoutError
 from framefusion.layout import LayoutResolver, TokenLayout
+from framefusion.masks import is_flash
 from framefusion.request import StageTrace
 from framefusion.stats import Sizes, Stats
 
 OWNER = "framefusion"
-SITE = "decoder.tokens"
+SITES = ("decoder.tokens", "decoder.cache")
+"""What no other method can change at the same time: the tokens of the decoder, and how many its cache holds."""
 
 
 class FrameFusionHandle(Handle):
@@ -100,7 +102,8 @@ def apply(
 
     All or nothing: when an error is raised, the model is as it was. Raises `UnsupportedModelError` for a model that is
     unknown and comes without layout, `UnsupportedLayerError` for layers that cannot be split, `LayoutError`,
-    `AlreadyAppliedError`, and `ConflictError` when another method changes which tokens the decoder has.
+    `AlreadyAppliedError`, and `ConflictError` when another method changes which tokens the decoder has or how it caches
+    them.
     """
     cfg = FrameFusionConfig() if cfg is None else cfg
     if not isinstance(cfg, FrameFusionConfig):
@@ -142,8 +145,8 @@ def install(
             RESOLVERS,
             "To use another model, say where its videos are: apply(model, cfg, layout=TokenLayout.from_blocks(...)).",
         )
-    _check_model(view)
     base = str(view.config._attn_implementation)
+    _check_model(view, base)
     if base == "flex_attention":
         raise NotImplementedError(
             "attn_implementation = 'flex_attention' has block masks, which cannot be shortened; use 'sdpa'"
@@ -152,10 +155,12 @@ def install(
     if cfg.placement == "post_attention":
         check_layers(view, engine.layers)
     with Patch(owner) as patch:
-        patch.claim(view.model, SITE)
+        for site in SITES:
+            patch.claim(view.model, site)
         patch.on_remove(partial(setattr, engine.applied, "removed", True))
         attention, mask = interface_of(base)
-        patch.set_attention(view.model, f"pared_ff|{base}", attention, mask)
+        # Not named after the base: transformers would look for flash functions of any name with "flash" in it.
+        patch.set_attention(view.model, OWNER, attention, mask)
         for split in engine.layers:
             patch.wrap_forward(split.layer.module, partial(engine.run_layer, split))
         patch.wrap_forward(view.model, engine.run_decoder)
@@ -176,10 +181,16 @@ def install(
     return FrameFusionHandle(patch, engine)
 
 
-def _check_model(view: DecoderView) -> None:
+def _check_model(view: DecoderView, base: str) -> None:
     shared = [layer.index for layer in view.layers if getattr(layer.attention, "is_kv_shared_layer", False)]
     if shared:
         raise UnsupportedModelError(
             f"{type(view.model).__name__}: layers {shared[0]} to {shared[-1]} reuse the keys of an earlier layer, "
             "which then holds other tokens than they do; models with num_kv_shared_layers > 0 are not supported"
+        )
+    windows = [layer.index for layer in view.layers if layer.sliding_window is not None]
+    if windows and is_flash(base):
+        raise UnsupportedModelError(
+            f"attn_implementation = {base!r} counts the window of layer {windows[0]} in tokens that are present, not in "
+            "positions of the sequence; use 'sdpa'"
         )

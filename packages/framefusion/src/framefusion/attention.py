@@ -11,7 +11,7 @@ from pared_hooks import UnsupportedModelError
 from torch import Tensor
 
 from framefusion.functional.pruning import importance_in_model_dtype, last_query_importance
-from framefusion.masks import EAGER
+from framefusion.masks import EAGER, is_flash
 
 if TYPE_CHECKING:
     from framefusion.request import Request
@@ -39,9 +39,22 @@ def interface_of(base: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         if request is not None and request.wanting:
             request.importance = importance(request, query, key, attention_mask, kwargs.get("scaling"))
         plain = functions[base] if base != EAGER else _eager(module)
+        if is_flash(base):
+            # transformers chooses the flash functions by the name in the module's config.
+            module = _Seen(module, config=_Seen(module.config, _attn_implementation=base))
         return plain(module, query, key, value, attention_mask, **kwargs)
 
     return attention, masks[base]
+
+
+class _Seen:
+    """An object as it is, but for these attributes."""
+
+    def __init__(self, target: Any, **attributes: Any) -> None:
+        self.__dict__.update(attributes, _target=target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
 
 
 def _eager(module: Any) -> Callable[..., Any]:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from framefusion.apply import FrameFusionHandle, install
 from framefusion.config import FrameFusionConfig
-from framefusion.functional.controller import Budget, Decision, Reducer, Selection
+from framefusion.functional.decision import Budget, Decision
 from framefusion.functional.merging import defined, most_similar
 from framefusion.functional.pruning import NOT_COMPETING, UNIMPORTANT
+from framefusion.functional.reducer import Reducer
+from framefusion.functional.selection import Selection
 from framefusion.functional.similarity import adjacent_similarity, predecessor
 from framefusion.layout import LayoutResolver, TokenLayout
 

@@ -17,7 +17,9 @@ from framefusion.attention import KEY
 from framefusion.cache import Applied, check_cache, is_empty, is_reduced, is_static, new_cache, restore, snapshot
 from framefusion.config import FrameFusionConfig
 from framefusion.decoder_layer import SplitLayer, parameters
-from framefusion.functional.controller import Budget, Reducer, count_tokens
+from framefusion.errors import UnsupportedCacheError
+from framefusion.functional.decision import Budget
+from framefusion.functional.reducer import Reducer, count_tokens
 from framefusion.layout import LayoutResolver, TokenLayout
 from framefusion.masks import as_mask, by_position, is_flash
 from framefusion.request import Request
@@ -244,6 +246,11 @@ class Engine:
                 given = {**given, "past_key_values": cache}
             if isinstance(cache, Cache):
                 check_cache(cache)
+                if is_flash(self.base) and any(is_static(layer) for layer in cache.layers):
+                    raise UnsupportedCacheError(
+                        f"past_key_values is a {type(cache).__name__}, whose free slots {self.base!r} would attend to; "
+                        "pass a DynamicCache, or use 'sdpa'"
+                    )
                 if past and not is_empty(cache) and any(is_static(layer) for layer in cache.layers):
                     raise NotImplementedError(
                         "past_key_values is a StaticCache that is not empty, which takes no further video; pass a "

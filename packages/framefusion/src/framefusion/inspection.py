@@ -14,7 +14,9 @@ from framefusion.apply import FrameFusionHandle, install
 from framefusion.config import FrameFusionConfig
 from framefusion.film import draw_tokens, grid_shape, processor_inputs, states_of_tokens
 from framefusion.functional import adjacent_similarity, predecessor
-from framefusion.functional.controller import Budget, Reducer, Selection
+from framefusion.functional.decision import Budget
+from framefusion.functional.reducer import Reducer
+from framefusion.functional.selection import Selection
 from framefusion.layout import TokenLayout
 from framefusion.request import StageTrace
 

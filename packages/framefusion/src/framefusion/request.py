@@ -12,7 +12,8 @@ from torch import Tensor
 from framefusion.attention import KEY
 from framefusion.cache import Incoming, adopt, is_reduced, is_static
 from framefusion.decoder_layer import SplitLayer
-from framefusion.functional.controller import Reducer, Selection
+from framefusion.functional.reducer import Reducer
+from framefusion.functional.selection import Selection
 from framefusion.layout import TokenLayout
 from framefusion.masks import as_mask, by_position, gathered, is_flash, widened
 
@@ -218,7 +219,8 @@ class Request:
             return given
         given["position_embeddings"] = self._rows(arguments["position_embeddings"], state)
         if isinstance(ids := arguments.get("position_ids"), Tensor):
-            given["position_ids"] = self._rows(ids, state)
+            # Beyond the rotary tables they tell flash attention alone something: that gaps end a packed sequence.
+            given["position_ids"] = None if is_flash(self.engine.base) else self._rows(ids, state)
         return given
 
     def _own_inputs(self, split: SplitLayer, arguments: dict[str, Any], state: State) -> dict[str, Any]:
