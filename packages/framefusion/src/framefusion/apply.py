@@ -18,6 +18,7 @@ from framefusion.decoder_layer import check_layers
 from framefusion.engine import Engine, Strategy
 from framefusion.errors import LayoutError
 from framefusion.layout import LayoutResolver, TokenLayout
+from framefusion.layout_source import LayoutSource
 from framefusion.masks import is_flash
 from framefusion.request import StageTrace
 from framefusion.stats import Sizes, Stats
@@ -82,7 +83,7 @@ class FrameFusionHandle(Handle):
         if not isinstance(layout, TokenLayout):
             raise LayoutError(f"layout is a {type(layout).__name__}; valid: a TokenLayout")
         layout.check()
-        self._engine.announce(layout)
+        self._engine.source.announce(layout)
 
     def disabled(self) -> AbstractContextManager[None]:
         """A context in which prompts pass unreduced."""
@@ -151,7 +152,8 @@ def install(
         raise NotImplementedError(
             "attn_implementation = 'flex_attention' has block masks, which cannot be shortened; use 'sdpa'"
         )
-    engine = Engine(view, cfg, strategy, resolver, layout, base)
+    source = LayoutSource(inner, cfg, resolver, layout)
+    engine = Engine(view, cfg, strategy, source, base)
     if cfg.placement == "post_attention":
         check_layers(view, engine.layers)
     with Patch(owner) as patch:
@@ -165,15 +167,17 @@ def install(
             patch.wrap_forward(split.layer.module, partial(engine.run_layer, split))
         patch.wrap_forward(view.model, engine.run_decoder)
         if inner is not view.model:
-            patch.wrap_forward(inner, engine.run_inner)
+            patch.wrap_forward(inner, source.run_inner)
             for name in ("get_video_features", "get_image_features"):
                 if hasattr(inner, name):
                     names = tuple(inspect.signature(getattr(type(inner), name)).parameters)[1:]
-                    patch.wrap_method(inner, name, partial(engine.run_features, names))
+                    patch.wrap_method(inner, name, partial(source.run_features, names))
         if view.root is not inner and view.root is not view.model:
             patch.wrap_forward(view.root, engine.run_root)
             if hasattr(view.root, "_expand_multimodal_outputs"):
-                patch.wrap_method(view.root, "_expand_multimodal_outputs", engine.run_expand)
+                patch.wrap_method(view.root, "_expand_multimodal_outputs", source.run_expand)
+            if hasattr(view.root, "_prefill"):
+                patch.wrap_method(view.root, "_prefill", source.run_prefill)
             loss: Any = view.root.loss_function
             patch.set_attribute(view.root, "_loss_function", partial(engine.run_loss, loss))
         if hasattr(view.model, "_deepstack_process"):
@@ -191,6 +195,6 @@ def _check_model(view: DecoderView, base: str) -> None:
     windows = [layer.index for layer in view.layers if layer.sliding_window is not None]
     if windows and is_flash(base):
         raise UnsupportedModelError(
-            f"attn_implementation = {base!r} counts the window of layer {windows[0]} in tokens that are present, not in "
-            "positions of the sequence; use 'sdpa'"
+            f"attn_implementation = {base!r} counts the window of layer {windows[0]} in tokens that are present, not "
+            "in positions of the sequence; use 'sdpa'"
         )

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from pared_hooks import DecoderView
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
-from framefusion.adapters.base import Resolver
 from framefusion.attention import KEY
 from framefusion.cache import Applied, check_cache, is_empty, is_reduced, is_static, new_cache, restore, snapshot
 from framefusion.config import FrameFusionConfig
@@ -20,7 +19,8 @@ from framefusion.decoder_layer import SplitLayer, parameters
 from framefusion.errors import UnsupportedCacheError
 from framefusion.functional.decision import Budget
 from framefusion.functional.reducer import Reducer, count_tokens
-from framefusion.layout import LayoutResolver, TokenLayout
+from framefusion.layout import TokenLayout
+from framefusion.layout_source import LayoutSource
 from framefusion.masks import as_mask, by_position, is_flash
 from framefusion.request import Request
 from framefusion.stats import Sizes, Stats
@@ -37,33 +37,23 @@ class Engine:
         view: DecoderView,
         config: FrameFusionConfig,
         strategy: Strategy | None,
-        resolver: Resolver | None,
-        layout: TokenLayout | LayoutResolver | None,
+        source: LayoutSource,
         base: str,
     ) -> None:
         self.view, self.config, self.base = view, config, base
-        self.resolver, self.layout = resolver, layout
+        self.source = source
         # Counted here, so that a compiled prefill has nothing to ask the device for.
-        self._counts = count_tokens(layout.patch, layout.stream) if isinstance(layout, TokenLayout) else []
+        fixed = source.layout
+        self._counts = [] if fixed is None else count_tokens(fixed.patch, fixed.stream)
         self.layers = [SplitLayer(layer) for layer in view.layers]
         self.applied = Applied()
-        self.disabled = False
         self.stats = Stats(Sizes.of(view))
         self.last: Request | None = None
         self._strategy = strategy or self._framefusion
-        self._inner = view.root.get_submodule(view.name.rpartition(".")[0])
-        self._inner_names = parameters(self._inner)
         self._decoder_names = parameters(view.model)
-        self._pending: ContextVar[TokenLayout | None] = ContextVar("framefusion.pending", default=None)
-        self._next: ContextVar[TokenLayout | None] = ContextVar("framefusion.next", default=None)
         self._current: ContextVar[Request | None] = ContextVar("framefusion.current", default=None)
         self._finished: ContextVar[Request | None] = ContextVar("framefusion.finished", default=None)
         self._odd_logits: ContextVar[bool] = ContextVar("framefusion.odd_logits", default=False)
-
-    @property
-    def inner(self) -> nn.Module:
-        """The module that joins vision tower and decoder; the decoder itself where there is none."""
-        return self._inner
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,49 +63,7 @@ class Engine:
     def _framefusion(self, layout: TokenLayout, valid: Tensor | None, budgets: list[Budget]) -> Reducer:
         return Reducer(self.config, layout.patch, layout.stream, len(self.layers), valid, budgets)
 
-    def announce(self, layout: TokenLayout) -> None:
-        """Use `layout` for the next prompt of this context."""
-        self._next.set(layout)
-
     # -- forwards ------------------------------------------------------------------------------------------------------
-
-    def run_inner(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Read the layout of the prompt from the arguments of the inner model."""
-        given = {**dict(zip(self._inner_names, args, strict=False)), **kwargs}
-        ids = given.get("input_ids")
-        if self.disabled or self.resolver is None or not isinstance(ids, Tensor) or ids.shape[1] == 1:
-            return original(*args, **kwargs)
-        if torch.compiler.is_compiling() or self.layout is not None or self._next.get() is not None:
-            return original(*args, **kwargs)
-        given, repeats = _with_encoded(given)
-        # `generate` repeats every row for its beams; one of each tells where the videos are.
-        layout = self.resolver(self._inner, self.config, {**given, "input_ids": ids[::repeats]})
-        token = self._pending.set(layout)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            self._pending.reset(token)
-
-    def run_features(self, names: tuple[str, ...], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Note on the features of videos or images what sizes they came with: `generate` encodes before it prefills."""
-        out = original(*args, **kwargs)
-        if hasattr(out, "pooler_output"):
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            sizes = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-            for name in sizes:
-                if name.startswith("pixel_values"):
-                    sizes[name] = torch.empty(sizes[name].shape, device="meta")
-            setattr(out, SIZES, sizes)
-        return out
-
-    def run_expand(
-        self, original: Callable[..., Any], input_ids: Tensor, encoded: dict[str, Any], expand_size: int = 1, **kw: Any
-    ) -> Any:
-        """Note on the features how often `generate` repeats them."""
-        for features in encoded.values():
-            if features is not None:
-                setattr(features, REPEATS, expand_size)
-        return original(input_ids, encoded, expand_size=expand_size, **kw)
 
     def run_decoder(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the decoder with a request where its prompt has a layout, or its cache is reduced."""
@@ -215,22 +163,11 @@ class Engine:
         keys = torch.cat((positions, new), 1)
         return as_mask(by_position(new, None, keys, valid, window), self.base, hidden.dtype)
 
-    def _layout(self, batch: int, tokens: int) -> TokenLayout | None:
-        chosen = self._next.get()
-        if chosen is not None and not torch.compiler.is_compiling():
-            self._next.set(None)
-        chosen = chosen if chosen is not None else self._pending.get()
-        if chosen is None and isinstance(self.layout, TokenLayout):
-            chosen = self.layout
-        if chosen is None or self.disabled:
-            return None
-        return chosen.fit(batch, tokens)
-
     def _request(self, given: dict[str, Any], inputs: Tensor) -> tuple[Request | None, dict[str, Any]]:
         """A request for this forward and the decoder's arguments, with a cache where the model would make one."""
         batch, tokens = inputs.shape[:2]
         cache = given.get("past_key_values")
-        layout = self._layout(batch, tokens)
+        layout = self.source.layout_of(batch, tokens, cache)
         reduced = isinstance(cache, Cache) and any(is_reduced(layer) for layer in cache.layers)
         if layout is None and not reduced:
             return None, given
@@ -265,7 +202,7 @@ class Engine:
 
     def _reducer(self, layout: TokenLayout, valid: Tensor | None, device: torch.device) -> Reducer | None:
         patch, stream = layout.patch, layout.stream
-        counts = self._counts if layout is self.layout else count_tokens(patch, stream)
+        counts = self._counts if layout is self.source.layout else count_tokens(patch, stream)
         if any(0 < tokens < self.config.min_vision_tokens for tokens, *_ in counts):
             few = torch.tensor([tokens < self.config.min_vision_tokens for tokens, *_ in counts])[:, None]
             patch, stream = (one.masked_fill(few.to(one.device), -1) for one in (patch, stream))
@@ -302,26 +239,11 @@ class Engine:
     @contextmanager
     def off(self) -> Iterator[None]:
         """Let prompts pass unreduced; caches that are reduced already go on."""
-        before, self.disabled = self.disabled, True
+        before, self.source.disabled = self.source.disabled, True
         try:
             yield
         finally:
-            self.disabled = before
-
-
-SIZES, REPEATS = "framefusion_sizes", "framefusion_repeats"
-"""Attributes of encoded features."""
-
-
-def _with_encoded(given: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """The arguments with those that features encoded before came with, and how often rows are repeated."""
-    encoded = given.get("mm_encoder_outputs") or {}
-    sizes: dict[str, Any] = {}
-    repeats = 1
-    for features in encoded.values():
-        sizes |= getattr(features, SIZES, {})
-        repeats = getattr(features, REPEATS, repeats)
-    return {**given, **{name: value for name, value in sizes.items() if given.get(name) is None}}, repeats
+            self.source.disabled = before
 
 
 def _validity(mask: Any, batch: int, past: int, tokens: int) -> tuple[Tensor | None, Tensor | None]:

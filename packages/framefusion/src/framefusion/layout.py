@@ -79,6 +79,10 @@ class TokenLayout:
         """The layout on another device."""
         return TokenLayout(*(one.to(device) for one in (self.patch, self.frame, self.stream)))
 
+    def columns(self, start: int, count: int) -> TokenLayout:
+        """The layout of `count` positions from `start` on; frames keep their numbers, in part where they are cut."""
+        return TokenLayout(*(one[:, start : start + count] for one in (self.patch, self.frame, self.stream)))
+
     def fit(self, batch: int, tokens: int) -> TokenLayout:
         """The layout for a batch that `generate` has repeated, row by row.
 
