@@ -112,13 +112,14 @@ class Family:
         return torch.cat([torch.cat(one) for one in values])
 
     def prompts(self, rng):
-        """Three sequences of unequal length; one with two videos, and an image where the family takes them."""
+        """Four sequences of unequal length; one with two videos, and an image where the family takes them."""
         image = [("image", 1), ("text", 9)] if self.images else []
         more = 4 if self.same_length else 3
         return [
             self.prompt(rng, ("text", 4), ("video", 4), ("text", 6)),
             self.prompt(rng, ("text", 3), *image, ("video", 4), ("text", 14), ("video", more), ("text", 8)),
             self.prompt(rng, ("text", 2), ("video", 4 if self.same_length else 5), ("text", 3)),
+            self.prompt(rng, ("text", 11), ("video", 4), ("text", 2)),
         ]
 
     same_length = False
@@ -298,6 +299,8 @@ class SmolVLM(InternVL):
 
 class VideoLlama3(Family):
     name = "video-llama3"
+    kept = 0.8
+    """Share of a video's tokens that its processor leaves, all of the first frame among them."""
 
     def model(self, **options):
         from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
@@ -315,7 +318,7 @@ class VideoLlama3(Family):
         return frames_of(count, rng, (64, 48)).reshape(count * 64, 48)
 
     def video(self, rng, frames, inputs):
-        kept = torch.rand(frames * FRAME, generator=rng) < 0.8
+        kept = torch.rand(frames * FRAME, generator=rng) < self.kept
         kept[:FRAME] = True
         _add(
             inputs,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from framefusion.bench import budget, observations, run
+from framefusion.bench import answers, budget, observations, run
 from framefusion.bench.arms import arms
+from framefusion.bench.claims import claim
 from framefusion.bench.world import World
 from framefusion.config import FrameFusionConfig
 from framefusion.film import draw_tokens, grid_shape, read_film, states_of_tokens
@@ -36,16 +37,65 @@ def clips(count):
     return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 1, 4, 2, 3)))
 
 
+QUESTIONS = ["what color is the circle?", "what shape is the red object that moves?"]
+
+
+def test_texts_and_features_made_apart_are_what_the_processor_makes(world):
+    film = clips(2)
+    videos = [clip.permute(0, 2, 3, 1).numpy() for clip in film]
+    messages = [[{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": one}]}] for one in QUESTIONS]
+    texts = [world.processor.apply_chat_template(one, add_generation_prompt=True, tokenize=False) for one in messages]
+    options = {"padding": True, "padding_side": "left", "do_sample_frames": False, "do_resize": False}
+    expected = world.processor(text=texts, videos=videos, return_tensors="pt", **options)
+    inputs = world.prompts(film, QUESTIONS)
+    assert inputs.keys() == expected.keys()
+    assert all(inputs[name].equal(expected[name]) for name in inputs)
+    with torch.no_grad():
+        whole = world.model(**inputs).logits
+        apart = world.model(**world.texts(QUESTIONS, 16), **world.encoded(world.encode(film))).logits
+    torch.testing.assert_close(apart, whole, atol=1e-4, rtol=1e-4)
+
+
 def test_every_arm_meets_its_cost_on_real_prompts(world):
-    inputs = world.prompts(clips(2), ["what color is the circle?", "what shape is the red object that moves?"])
+    inputs, features = world.texts(QUESTIONS, 16), world.encode(clips(2))
     assert world.layout(inputs).patch.amax() == 15
-    features = world.encode(inputs)
     plain = world.answer(inputs, features, 2)
     for name, arm in arms(FrameFusionConfig(cost=0.3), world.depth, world.layout).items():
         with arm(world.model) as handle:
             world.answer(inputs, features, 2)
             assert handle.stats()["costs"] == pytest.approx([0.3, 0.3], abs=0.02), name
     assert world.answer(inputs, features, 2) == plain
+
+
+def test_claims_say_whether_they_hold_and_where():
+    held, partly, not_held = (claim("a", one, {}) for one in ([0.1, 0.2], [0.3, -0.1], [-0.2, 0.1]))
+    assert [one.note for one in (held, partly, not_held)] == [
+        "reproduced, in every stream",
+        "reproduced, not in every stream",
+        "not reproduced",
+    ]
+    assert partly.value == pytest.approx(0.1)
+    assert partly.spread == (-0.1, 0.3)
+
+
+def test_answers_of_all_methods_become_accuracies_losses_and_claims(world, tmp_path, monkeypatch):
+    """One question of each task, as in the whole run; the clips and arms are cut down."""
+    monkeypatch.setattr(answers, "REDUCTIONS", (0.7,))
+    monkeypatch.setattr(answers, "calibrated", lambda context, world, costs: [FrameFusionConfig(cost=c) for c in costs])
+    records = answers.run(BenchContext("cpu", out=tmp_path), world, 1, 1)
+    named = {(one.variant, one.metric) for one in records}
+    for arm in (*arms(FrameFusionConfig(cost=0.3), 8), "dense"):
+        assert (arm, "accuracy") in named
+    costs = [one.value for one in records if one.metric == "cost"]
+    assert costs == pytest.approx([0.3] * 8, abs=0.02)
+    margins = {one.variant for one in records if one.metric == "margin"}
+    assert {
+        "above random",
+        "above fastv",
+        "above evs",
+        "window worst on needles",
+        "within 3 points of dense",
+    } <= margins
 
 
 def test_observations_are_finite_shares(world):

@@ -9,6 +9,7 @@ import ff_models
 import pytest
 import torch
 from framefusion import (
+    BudgetError,
     FrameFusionConfig,
     LayoutError,
     StaleCacheError,
@@ -238,6 +239,18 @@ def test_a_wrong_layout_is_refused_before_anything_runs(change, named, tiny):
     with pytest.raises(LayoutError, match=named):
         apply(model, CONFIG, layout=TokenLayout(**(valid | change)))
     assert model.config.text_config._attn_implementation == "sdpa"
+    assert "forward" not in vars(model.model.language_model)
+
+
+def test_a_layout_of_another_prompt_is_refused_before_the_cache_is_touched(case):
+    _, model, inputs = case
+    cache = DynamicCache(config=model.config)
+    with applied(model, CONFIG) as handle:
+        handle.set_layout(TokenLayout.empty(1, 7))
+        with pytest.raises(LayoutError, match=r"shape \(1, 7\)"), torch.no_grad():
+            model(**inputs, past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 0
+    assert not any(layer.is_initialized for layer in cache.layers)
 
 
 def test_blocks_that_overlap_or_do_not_fit_are_refused():
@@ -276,7 +289,17 @@ def test_a_layer_that_is_more_than_its_halves_is_refused_and_taken_whole(tiny, r
         scale.remove()
 
 
-def test_attention_matrices_positions_to_keep_and_flex_attention_are_refused(case):
+def test_flex_attention_is_refused_and_the_model_is_as_it_was(tiny, monkeypatch):
+    _, model = tiny(NAME)
+    text = model.model.language_model
+    monkeypatch.setattr(text.config, "_attn_implementation_internal", "flex_attention")
+    with pytest.raises(NotImplementedError, match=r"flex_attention.*use 'sdpa'"):
+        apply(model, CONFIG)
+    assert text.config._attn_implementation == "flex_attention"
+    assert "forward" not in vars(text)
+
+
+def test_attention_matrices_and_positions_to_keep_are_refused(case):
     _, model, inputs = case
     with applied(model, CONFIG) as handle:
         with pytest.raises(NotImplementedError, match="output_attentions"), torch.no_grad():
@@ -325,6 +348,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny, rng):
                 model.zero_grad()
                 model(**inputs, labels=labels, use_cache=False).loss.backward()
                 found.append(weight.grad.clone())
+            with pytest.raises(NotImplementedError, match=r"past_key_values.*use_cache=False"):
+                model(**inputs, past_key_values=DynamicCache(config=model.config), use_cache=True)
     finally:
         model.gradient_checkpointing_disable()
         model.eval()
@@ -344,6 +369,67 @@ def test_short_videos_stay_dense_and_images_are_left_alone(tiny, rng):
     with applied(model, AT_ONCE.replace(image_streams="always")) as handle:
         logits(model, images)
         assert handle.stats()["vision_tokens"] == 48
+
+
+@pytest.mark.parametrize("name", ["internvl", "smolvlm", "gemma3"])
+def test_images_of_families_that_show_videos_as_images_stay_with_never(name, tiny, rng):
+    family, model = tiny(name)
+    inputs = family.batch(family.prompt(rng, ("text", 3), ("image", 3), ("text", 4)))
+    expected, ids = logits(model, inputs), greedy(model, inputs)
+    with applied(model, AT_ONCE.replace(image_streams="never")) as handle:
+        assert logits(model, inputs).equal(expected)
+        assert greedy(model, inputs).equal(ids)
+        assert handle.stats()["requests"] == 0
+    with applied(model, AT_ONCE) as handle:
+        assert not logits(model, inputs).equal(expected)
+        assert handle.stats()["vision_tokens"] == 48
+
+
+def test_a_step_behind_a_dense_prompt_is_bitwise_the_plain_model(case):
+    _, model, inputs = case
+    token = {"input_ids": torch.tensor([[7]]), "position_ids": torch.full((3, 1, 1), 200)}
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        expected = model(**token, past_key_values=copy.deepcopy(cache)).logits
+        with applied(model, CONFIG):
+            assert model(**token, past_key_values=cache).logits.equal(expected)
+
+
+def test_a_cost_that_cannot_be_met_is_met_as_far_as_possible_and_said_once(case):
+    _, model, inputs = case
+    twice = {name: torch.cat((value, value)) for name, value in inputs.items()}
+    with applied(model, FrameFusionConfig(cost=0.04)) as handle:
+        with pytest.warns(UserWarning, match=r"cost = 0\.04 cannot be met") as caught:
+            logits(model, twice)
+        achieved = handle.stats()["cost"]
+    assert [str(one.message) for one in caught if "cost" in str(one.message)] == [
+        str(caught[0].message),
+    ]
+    assert f"for a cost of {achieved:.3f}" in str(caught[0].message)
+    assert 0.04 < achieved < 0.1
+
+
+def test_a_cost_that_cannot_be_met_is_an_error_before_the_cache_is_written(case):
+    _, model, inputs = case
+    cache = DynamicCache(config=model.config)
+    with applied(model, FrameFusionConfig(cost=0.1, on_budget="error")), torch.no_grad():
+        with pytest.raises(BudgetError, match=r"cost = 0\.1"):
+            model(**inputs, past_key_values=cache, use_cache=True)
+        assert not any(layer.is_initialized for layer in cache.layers)
+
+
+def test_tokens_that_are_not_a_number_are_alike_to_nothing_and_nothing_breaks(tiny, rng):
+    family, model = tiny("llava-onevision")
+    inputs = family.batch(family.prompt(rng, ("text", 3), ("video", 4), ("text", 4)))
+    inputs["pixel_values_videos"][:, 2] = torch.nan
+    # A quarter of the tokens are to go at once: those of frame 1 are the only ones with a similarity.
+    with applied(model, AT_ONCE.replace(cost=0.75)) as handle:
+        logits(model, inputs)
+        assert handle.groups[0, 4 + 16 : 4 + 32].tolist() == list(range(4, 20))
+        assert handle.layout.frame[0, handle.kept[0]].unique().tolist() == [-1, 0, 2, 3]
+    with applied(model, CONFIG) as handle:
+        logits(model, inputs)
+        assert handle.stats()["cost"] == pytest.approx(0.4, abs=0.02)
 
 
 def test_several_videos_do_not_merge_into_each_other(tiny, rng):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from framefusion.bench import answers, observations
-from framefusion.bench.arms import OURS, arms
+from framefusion.bench.arms import FASTV, OURS, WINDOW, arms
 from framefusion.bench.world import CALIBRATION_SEED, World
 from pared_bench import BenchContext
 
@@ -18,7 +18,7 @@ QUESTIONS, REDUCTION = 20, 0.7
 def world():
     pytest.importorskip("torchvision")
     try:
-        return World.load("", torch.device("cpu"))
+        return World.load("", torch.device("cpu"), torch.bfloat16)
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
@@ -27,13 +27,11 @@ def world():
 def outcomes(world, tmp_path_factory):
     """Answers of every method at 70 % fewer tokens, and of the dense model."""
     context = BenchContext("cpu", out=tmp_path_factory.mktemp("out"))
-    blocks = list(answers._blocks(world, QUESTIONS, 0))
-    found = {answers.DENSE: answers.Outcome()}
-    answers._ask(context, world, blocks, None, found[answers.DENSE])
-    config = answers.calibrated(context, world, 1 - REDUCTION)
-    for name, arm in arms(config, world.depth, world.layout).items():
-        with arm(world.model) as handle:
-            answers._ask(context, world, blocks, handle, found.setdefault(name, answers.Outcome()))
+    blocks = list(answers.exam_blocks(world, QUESTIONS, 0))
+    (config,) = answers.calibrated(context, world, [1 - REDUCTION])
+    found = {}
+    for name, arm in {answers.DENSE: None, **arms(config, world.depth, world.layout)}.items():
+        answers.ask(world, blocks, arm, found.setdefault(name, answers.Outcome()))
     return found
 
 
@@ -45,13 +43,15 @@ def test_framefusion_loses_less_than_three_percent(outcomes):
     assert 1 - accuracy(outcomes, OURS) / accuracy(outcomes, answers.DENSE) < answers.CLAIMED_LOSS
 
 
-@pytest.mark.parametrize("other", ["similarity alone", "importance alone", "random", "uniform frames", "window"])
+@pytest.mark.parametrize(
+    "other", ["similarity alone", "importance alone", "random", "uniform frames", "evs", FASTV, WINDOW]
+)
 def test_framefusion_answers_better_than(other, outcomes):
     assert accuracy(outcomes, OURS) > accuracy(outcomes, other)
 
 
 def test_needles_are_found_more_often_than_by_fastv(outcomes):
-    assert accuracy(outcomes, OURS, answers.NEEDLE) >= accuracy(outcomes, "fastv", answers.NEEDLE) + 0.05
+    assert accuracy(outcomes, OURS, answers.NEEDLE) >= accuracy(outcomes, FASTV, answers.NEEDLE) + 0.05
 
 
 def test_every_method_spends_what_it_was_given(outcomes):
@@ -64,6 +64,7 @@ def test_tokens_at_one_place_of_neighbouring_frames_are_the_most_alike_and_keep_
     from pared_zoo.recipes.exam import exam, exam_pixels
 
     sheets = exam(1, CALIBRATION_SEED + 1, 16)
+    world = World(world.model.float(), world.processor)
     states = observations.states_of(world, exam_pixels(sheets, CALIBRATION_SEED + 1), "what moves?")
     means = observations.pair_means(states[0], world.frame_tokens)
     assert means["same place, next frame"] > means["next place, same frame"] + 0.1

@@ -225,14 +225,18 @@ class Engine:
             raise NotImplementedError(
                 "logits_to_keep is a tensor of positions, which change when tokens leave; pass the number of last ones"
             )
-        if (given.get("past_key_values") is None and self._caches(given)) or not self.view.model.training:
-            return
-        if getattr(self.view.model, "gradient_checkpointing", False) and self._caches(given):
-            raise NotImplementedError("gradient checkpointing goes with use_cache=False alone")
+        if self._checkpoints and given.get("past_key_values") is not None:
+            raise NotImplementedError(
+                "past_key_values: gradient checkpointing runs layers twice and has no cache; pass use_cache=False alone"
+            )
+
+    @property
+    def _checkpoints(self) -> bool:
+        return bool(getattr(self.view.model, "gradient_checkpointing", False)) and self.view.model.training
 
     def _caches(self, given: dict[str, Any]) -> bool:
         chosen = given.get("use_cache")
-        if getattr(self.view.model, "gradient_checkpointing", False) and self.view.model.training:
+        if self._checkpoints:
             return False
         return bool(getattr(self.view.config, "use_cache", True) if chosen is None else chosen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from pared_bench import BenchContext, Record
 
 EXPERIMENTS = ("answers", "observations", "redundancy", "budget", "speed")
@@ -12,7 +13,7 @@ def run(
     *,
     experiments: str = ",".join(EXPERIMENTS),
     model: str = "",
-    questions: int = 40,
+    questions: int = 20,
     seeds: int = 3,
 ) -> list[Record]:
     """Measure `experiments` (names joined by commas).
@@ -31,9 +32,9 @@ def run(
         from framefusion.bench import answers, observations, redundancy
         from framefusion.bench.world import World
 
-        world = World.load(model, context.device)
         if "answers" in chosen:
-            records += answers.run(context, world, questions, seeds)
+            records += answers.run(context, World.load(model, context.device, torch.bfloat16), questions, seeds)
+        world = World.load(model, context.device)
         if "observations" in chosen:
             records += observations.run(context, world)
         if "redundancy" in chosen:

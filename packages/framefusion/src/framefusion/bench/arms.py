@@ -22,7 +22,7 @@ from framefusion.layout import LayoutResolver
 Arm = Callable[[Any], FrameFusionHandle]
 """Takes the model and returns the handle of the method on it."""
 
-OURS = "framefusion"
+OURS, FASTV, WINDOW = "framefusion", "fastv", "window"
 FASTV_LAYER = 2
 
 
@@ -40,8 +40,8 @@ def arms(config: FrameFusionConfig, depth: int, layout: LayoutResolver | None = 
         "evs": lambda model: apply_evs(model, 1 - cost, layout=layout),
         "random": lambda model: apply_random(model, 1 - cost, torch.Generator().manual_seed(seed), layout=layout),
         "uniform frames": lambda model: apply_frame_subsample(model, cost, layout=layout),
-        "window": lambda model: apply_window(model, cost, layout=layout),
+        WINDOW: lambda model: apply_window(model, cost, layout=layout),
     }
     if share > 0:
-        found["fastv"] = lambda model: apply_fastv(model, layer, share, layout=layout)
+        found[FASTV] = lambda model: apply_fastv(model, layer, share, layout=layout)
     return found
