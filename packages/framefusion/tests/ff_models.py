@@ -185,7 +185,9 @@ class Qwen25VL(Qwen2VL):
     }
 
     def video(self, rng, frames, inputs):
-        _add(inputs, second_per_grid_ts=torch.tensor([1.0]))
+        # Frames a position apart. Where a video takes more positions in time than in space, transformers counts an
+        # answer and the same text in a prompt differently, and no second turn is a whole chat at once.
+        _add(inputs, second_per_grid_ts=torch.tensor([0.25]))
         return super().video(rng, frames, inputs)
 
 

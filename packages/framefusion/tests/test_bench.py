@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from framefusion import film as drawing
 from framefusion.bench import answers, budget, observations, run
 from framefusion.bench.arms import arms
 from framefusion.bench.claims import claim
 from framefusion.bench.world import World
 from framefusion.config import FrameFusionConfig
-from framefusion.film import draw_tokens, grid_shape, read_film, states_of_tokens
+from framefusion.film import draw_tokens, grid_shape, paint, read_film, states_of_tokens
 from pared_bench import BenchContext, DemoContext
 
 
@@ -164,11 +165,19 @@ def test_drawing_shows_what_is_left():
     kept, groups = torch.tensor([0, 2, 5]), torch.tensor([0, 0, 1, -1, 1, 2])
     states = states_of_tokens(kept, groups, torch.arange(6))
     assert states.tolist() == [2, 1, 2, 0, 1, 2]
-    frames = np.full((1, 8, 12, 3), 200, np.uint8)
-    strip = draw_tokens(frames, states.view(1, 2, 3))
-    assert strip.shape == (8, 12, 3)
-    assert strip[2, 1].tolist() == [200, 200, 200]
-    assert strip[6, 1].max() < 60
-    assert strip[2, 5, 0] > strip[2, 5, 1]
+    frames = np.full((2, 8, 12, 3), 200, np.uint8)
+    painted = paint(frames[0], states.view(2, 3).numpy())
+    assert painted.shape == (8, 12, 3)
+    assert painted[2, 1].tolist() == [200, 200, 200]
+    assert painted[6, 1].max() < 60
+    assert painted[2, 5, 0] > painted[2, 5, 1]
+    sheet = np.asarray(draw_tokens(frames, states.view(1, 2, 3).expand(2, -1, -1)))
+    # Frames without a mark, below them their tokens: dark and red ones.
+    height = round(drawing.WIDTH * 8 / 12)
+    above, below = (
+        sheet[drawing.LABEL + skip : drawing.LABEL + skip + height] for skip in (0, height + drawing.GAP // 2)
+    )
+    assert above[:, drawing.GAP : drawing.GAP + drawing.WIDTH].min() == 200
+    assert below[:, drawing.GAP : drawing.GAP + drawing.WIDTH].min() < 60
     assert grid_shape(12, 96, 64) == (3, 4)
     assert grid_shape(16, 64, 64) == (4, 4)

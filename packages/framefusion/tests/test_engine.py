@@ -409,13 +409,19 @@ def test_a_cost_that_cannot_be_met_is_met_as_far_as_possible_and_said_once(case)
     assert 0.04 < achieved < 0.1
 
 
-def test_a_cost_that_cannot_be_met_is_an_error_before_the_cache_is_written(case):
+@pytest.mark.parametrize(("options", "layers"), [({"cost": 0.1}, 0), ({"cost": 0.3, "merge_floor": 0.0}, 1)])
+def test_a_cost_that_cannot_be_met_is_an_error_and_the_cache_stays_empty(options, layers, case):
     _, model, inputs = case
     cache = DynamicCache(config=model.config)
-    with applied(model, FrameFusionConfig(cost=0.1, on_budget="error")), torch.no_grad():
-        with pytest.raises(BudgetError, match=r"cost = 0\.1"):
-            model(**inputs, past_key_values=cache, use_cache=True)
-        assert not any(layer.is_initialized for layer in cache.layers)
+    config = FrameFusionConfig(on_budget="error", similarity_threshold=1.0, **options)
+    ran = []
+    hook = model.model.language_model.layers[0].self_attn.register_forward_hook(lambda *_: ran.append(1))
+    with applied(model, config), torch.no_grad(), pytest.raises(BudgetError, match=f"cost = {config.cost}"):
+        model(**inputs, past_key_values=cache, use_cache=True)
+    hook.remove()
+    assert len(ran) == layers
+    assert cache.get_seq_length() == 0
+    assert not any(layer.is_initialized for layer in cache.layers)
 
 
 def test_tokens_that_are_not_a_number_are_alike_to_nothing_and_nothing_breaks(tiny, rng):

@@ -40,10 +40,8 @@ def inspect(
     found = inspect_film(language_model, processor, film, question, config)
     for line in found.lines():
         typer.echo(line)
-    if found.strip is not None:
-        from PIL import Image
-
-        Image.fromarray(found.strip).save(out)
+    if found.picture is not None:
+        found.picture.save(out)
         typer.echo(f"Tokens that are left: {out}")
 
 

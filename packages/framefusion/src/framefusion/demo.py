@@ -14,7 +14,7 @@ from torch import Tensor
 from framefusion.apply import applied
 from framefusion.config import FrameFusionConfig
 from framefusion.film import draw_tokens, processor_inputs, read_film
-from framefusion.inspection import token_states
+from framefusion.inspection import pictures_of, token_states
 from framefusion.stats import Sizes
 
 FRAMES = 16
@@ -24,9 +24,8 @@ QUESTIONS = 6
 
 @dataclass
 class Run:
-    """One answer and what it cost."""
+    """What one prompt cost."""
 
-    answer: str
     seconds: float
     tokens: float
     flops: float
@@ -60,21 +59,18 @@ def run(
         film, asked = _zoo_clip(context.seed, frames)
         asked = [(question, "")] if question else asked
     shown = film if not _small(language_model) else _square(film, language_model)
-    rows, figure, last = [], None, {}
-    for text, right in context.track(asked, "asking"):
-        inputs = processor_inputs(processor, shown, text, context.device)
-        dense, fused, states = _compare(language_model, processor, inputs, config, (shown.shape[2], shown.shape[1]))
-        rows.append((text, right or None, dense.answer, fused.answer))
-        last = {"dense": dense, "fused": fused}
-        if figure is None and states is not None:
-            strip = draw_tokens(_pictures(shown, len(states)), states, max(1, 96 // shown.shape[1]))
-            figure = Figure.from_image(
-                "What is left of the tokens",
-                strip,
-                f'"{text}": tokens that show the picture are left, red ones were merged into the frame before, black '
-                "ones were pruned.",
-            )
-    dense, fused = last["dense"], last["fused"]
+    prompts = {text: processor_inputs(processor, shown, text, context.device) for text, _ in asked}
+    first, inputs = next(iter(prompts.items()))
+    rows = [
+        (text, right or None, *_answers(language_model, processor, prompts[text], config))
+        for text, right in context.track(asked, "asking")
+    ]
+    dense, fused, states = _compare(language_model, inputs, config, (shown.shape[2], shown.shape[1]))
+    figure = None
+    if states is not None:
+        sheet = draw_tokens(pictures_of(shown, len(states)), states)
+        caption = f'Asked "{first}". Above: what the model is shown; below: what has become of each token in the end.'
+        figure = Figure.from_image("Each frame and its tokens", sheet, caption)
     cost_table = Table(
         "One prompt",
         ("run", "vision tokens, mean over layers", "FLOPs of the prefill", "time of the prefill"),
@@ -146,20 +142,25 @@ def _square(film: np.ndarray, model: Any) -> np.ndarray:
     return fit_frames(film, len(film), side).permute(0, 2, 3, 1).numpy()
 
 
-def _pictures(film: np.ndarray, count: int) -> np.ndarray:
-    """One picture for each of `count` frames of tokens, which may stand for several pictures each."""
-    return film[np.linspace(0, len(film) - 1, count).round().astype(int)]
-
-
 @torch.no_grad()
-def _compare(
-    model: Any, processor: Any, inputs: dict[str, Any], config: FrameFusionConfig, shape: tuple[int, int]
-) -> tuple[Run, Run, Tensor | None]:
+def _answers(model: Any, processor: Any, inputs: dict[str, Any], config: FrameFusionConfig) -> tuple[str, str]:
+    """Answers of the dense model and with FrameFusion."""
     prompt = inputs["input_ids"].shape[1]
 
     def answer() -> str:
         out = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         return str(processor.batch_decode(out[:, prompt:], skip_special_tokens=True)[0]).strip()
+
+    dense = answer()
+    with applied(model, config):
+        return dense, answer()
+
+
+@torch.no_grad()
+def _compare(
+    model: Any, inputs: dict[str, Any], config: FrameFusionConfig, shape: tuple[int, int]
+) -> tuple[Run, Run, Tensor | None]:
+    """One prompt, dense and with FrameFusion, and what has become of its tokens; `shape` is that of a frame."""
 
     def prefill() -> float:
         seconds = []
@@ -171,18 +172,14 @@ def _compare(
             seconds.append(time.perf_counter() - begin)
         return min(seconds)
 
-    dense_answer, dense_seconds = answer(), prefill()
+    dense_seconds = prefill()
     with applied(model, config) as handle:
-        fused_answer = answer()
-        states = token_states(handle, *shape)
-        handle.reset()
         fused_seconds = prefill()
+        states = token_states(handle, *shape)
         report = handle.stats()
         sizes: Sizes = handle.sizes
+    prompt, tokens = inputs["input_ids"].shape[1], report["vision_tokens"]
     dense_flops = sizes.layers * sizes.flops(prompt, prompt)
-    tokens = report["vision_tokens"]
-    dense = Run(dense_answer, dense_seconds, tokens, dense_flops)
-    fused = Run(
-        fused_answer, fused_seconds, (report["cost"] or 1.0) * tokens, dense_flops * (report["flops_ratio"] or 1.0)
-    )
+    dense = Run(dense_seconds, tokens, dense_flops)
+    fused = Run(fused_seconds, (report["cost"] or 1.0) * tokens, dense_flops * (report["flops_ratio"] or 1.0))
     return dense, fused, states

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 EXTRA = "pip install 'framefusion[video]'"
-GONE, MERGED = (0, 0, 0), (230, 60, 60)
+MERGED = (230, 60, 60)
+PRUNED, JOINED, LEFT = 0, 1, 2
+"""What has become of a token."""
+MEANING = {
+    LEFT: "are left and go through all layers",
+    JOINED: "were merged into the token at their place in an earlier frame, or one they joined was",
+    PRUNED: "were pruned: the question looked at others",
+}
+WIDTH, GAP, LABEL, LEGEND = 112, 8, 20, 640
+"""Pixels: width of a frame, space between frames, height of a line of text, least width of the picture."""
 
 
 def read_film(path: str | Path, frames: int) -> np.ndarray:
@@ -36,34 +48,60 @@ def read_film(path: str | Path, frames: int) -> np.ndarray:
 
 
 def states_of_tokens(kept: Tensor, groups: Tensor, places: Tensor) -> Tensor:
-    """What became of the tokens at `places` (count,) of one sequence: 2 left, 1 merged into another, 0 pruned.
+    """What became of the tokens at `places` (count,) of one sequence: `LEFT`, `JOINED` to another, or `PRUNED`.
 
     `kept` (n,) int64 positions left in the end, `groups` (tokens,) int64 the row each token went into or -1.
     """
     left = torch.isin(places, kept.to(places.device))
-    return torch.where(left, 2, (groups.to(places.device)[places] >= 0).long())
+    return torch.where(left, LEFT, torch.where(groups.to(places.device)[places] >= 0, JOINED, PRUNED))
 
 
-def draw_tokens(frames: np.ndarray, states: Tensor, scale: int = 1) -> np.ndarray:
-    """A strip of the frames (count, height, width, 3) uint8 with their tokens drawn on.
+def paint(picture: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """A picture (height, width, 3) uint8 with its tokens drawn on, whose states `grid` (rows, columns) has.
 
-    `states` (count, rows, columns) as `states_of_tokens` has them: tokens that are left show the picture, merged ones
-    are tinted red, pruned ones are black. Returns uint8 (height, count * width, 3).
+    Tokens that are left show the picture, merged ones are tinted red, pruned ones are nearly black.
     """
-    strip = []
-    for picture, grid in zip(frames, states.cpu().numpy(), strict=True):
-        height, width = picture.shape[:2]
-        rows = np.arange(height) * grid.shape[0] // height
-        columns = np.arange(width) * grid.shape[1] // width
-        state = grid[rows][:, columns][..., None]
-        shown = picture.astype(np.float32)
-        tinted = 0.35 * shown + 0.65 * np.array(MERGED, np.float32)
-        out = np.where(state == 2, shown, np.where(state == 1, tinted, 0.12 * shown + np.array(GONE)))
-        # A thin line between frames and tokens.
-        out[rows != np.roll(rows, 1)] *= 0.7
-        out[:, columns != np.roll(columns, 1)] *= 0.7
-        strip.append(np.repeat(np.repeat(out.clip(0, 255).astype(np.uint8), scale, 0), scale, 1))
-    return np.concatenate(strip, axis=1)
+    height, width = picture.shape[:2]
+    rows = np.arange(height) * grid.shape[0] // height
+    columns = np.arange(width) * grid.shape[1] // width
+    state = grid[rows][:, columns][..., None]
+    shown = picture.astype(np.float32)
+    tinted = 0.35 * shown + 0.65 * np.array(MERGED, np.float32)
+    out = np.where(state == LEFT, shown, np.where(state == JOINED, tinted, 0.12 * shown))
+    # A thin line between tokens.
+    out[rows != np.roll(rows, 1)] *= 0.7
+    out[:, columns != np.roll(columns, 1)] *= 0.7
+    return out.clip(0, 255).astype(np.uint8)
+
+
+def draw_tokens(frames: np.ndarray, states: Tensor, columns: int = 8) -> Image:
+    """Each frame with its tokens below it, in rows of `columns` frames, and a legend that counts them.
+
+    `frames` (count, height, width, 3) uint8; `states` (count, rows, columns) as `states_of_tokens` has them.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=13)
+    grids = states.cpu().numpy()
+    height = round(WIDTH * frames.shape[1] / frames.shape[2])
+    lines = -(-len(frames) // columns)
+    line = LABEL + 2 * (height + GAP) + GAP
+    across = min(columns, len(frames)) * (WIDTH + GAP) + GAP
+    sheet = Image.new("RGB", (max(across, LEGEND), lines * line + 3 * LABEL + 2 * GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (picture, grid) in enumerate(zip(frames, grids, strict=True)):
+        x, y = GAP + index % columns * (WIDTH + GAP), index // columns * line
+        draw.text((x, y + 2), f"frame {index + 1}", fill="black", font=font)
+        small = Image.fromarray(picture).resize((WIDTH, height), Image.Resampling.BICUBIC)
+        sheet.paste(small, (x, y + LABEL))
+        sheet.paste(Image.fromarray(paint(np.asarray(small), grid)), (x, y + LABEL + height + GAP // 2))
+    swatch = np.asarray(Image.fromarray(frames[0]).resize((LABEL - 4, LABEL - 4)))
+    for index, (state, text) in enumerate(MEANING.items()):
+        y = lines * line + GAP + index * LABEL
+        sheet.paste(Image.fromarray(paint(swatch, np.full((1, 1), state))), (GAP, y + 2))
+        share = (grids == state).sum()
+        draw.text((GAP + LABEL + 4, y + 2), f"{share} of {grids.size} tokens {text}", fill="black", font=font)
+    return sheet
 
 
 def grid_shape(patches: int, width: int, height: int) -> tuple[int, int]:

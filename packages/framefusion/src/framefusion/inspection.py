@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from framefusion.functional.selection import Selection
 from framefusion.layout import TokenLayout
 from framefusion.request import StageTrace
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 BINS = (-1.0, 0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.01)
 WIDTH = 40
 
@@ -32,7 +35,8 @@ class Inspection:
     """By stage: share of the tokens with a predecessor whose cosine lies in each of `BINS`."""
     trace: list[StageTrace]
     stats: dict[str, Any]
-    strip: np.ndarray | None
+    picture: Image | None
+    """The frames with their tokens."""
 
     def lines(self) -> Iterator[str]:
         """What the command prints."""
@@ -76,11 +80,13 @@ def inspect_film(model: Any, processor: Any, film: np.ndarray, question: str, co
         model(**inputs, logits_to_keep=1)
         grid = token_states(handle, film.shape[2], film.shape[1])
         histograms = watched[0].histograms if watched else []
-        strip = None
-        if grid is not None:
-            pictures = film[np.linspace(0, len(film) - 1, len(grid)).round().astype(int)]
-            strip = draw_tokens(pictures, grid, max(1, 96 // film.shape[1]))
-        return Inspection(histograms, handle.trace, handle.stats(), strip)
+        picture = None if grid is None else draw_tokens(pictures_of(film, len(grid)), grid)
+        return Inspection(histograms, handle.trace, handle.stats(), picture)
+
+
+def pictures_of(film: np.ndarray, count: int) -> np.ndarray:
+    """One picture for each of `count` frames of tokens, which may stand for several pictures each."""
+    return film[np.linspace(0, len(film) - 1, count).round().astype(int)]
 
 
 def token_states(handle: FrameFusionHandle, width: int, height: int) -> Tensor | None:

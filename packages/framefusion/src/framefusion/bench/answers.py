@@ -69,8 +69,8 @@ def run(context: BenchContext, world: World, questions: int, seeds: int) -> list
         for reduction, config in configs.items():
             for name, arm in arms(config, world.depth, world.layout, seed).items():
                 methods[name, reduction] = arm
-        for key, arm in context.track(methods.items(), f"stream {seed + 1} of {seeds}", len(methods)):
-            ask(world, blocks, arm, outcomes.setdefault(key, Outcome()))
+        for key, method in context.track(methods.items(), f"stream {seed + 1} of {seeds}", len(methods)):
+            ask(world, blocks, method, outcomes.setdefault(key, Outcome()))
     return list(_records(world, outcomes, configs, questions, seeds))
 
 
@@ -168,10 +168,8 @@ def _claims(outcomes: dict[tuple[str, float], Outcome], base: dict[str, Any]) ->
             needles = _differences(ours, arms_here[FASTV], NEEDLE)
             yield claim("5 points above fastv on needles", [one - 0.05 for one in needles], settings)
         window = arms_here.pop(WINDOW)
-        least = [
-            min(values) for values in zip(*(one.means(NEEDLE) for one in (ours, *arms_here.values())), strict=True)
-        ]
-        margins = [a - b for a, b in zip(least, window.means(NEEDLE), strict=True)]
+        others = [one.means(NEEDLE) for one in (ours, *arms_here.values())]
+        margins = [min(found) - last for *found, last in zip(*others, window.means(NEEDLE), strict=True)]
         yield claim("window worst on needles", margins, settings)
 
 
