@@ -415,10 +415,11 @@ def test_a_cost_that_cannot_be_met_is_an_error_and_the_cache_stays_empty(options
     cache = DynamicCache(config=model.config)
     config = FrameFusionConfig(on_budget="error", similarity_threshold=1.0, **options)
     ran = []
-    hook = model.model.language_model.layers[0].self_attn.register_forward_hook(lambda *_: ran.append(1))
-    with applied(model, config), torch.no_grad(), pytest.raises(BudgetError, match=f"cost = {config.cost}"):
-        model(**inputs, past_key_values=cache, use_cache=True)
-    hook.remove()
+    with applied(model, config), torch.no_grad():
+        hook = model.model.language_model.layers[0].self_attn.register_forward_hook(lambda *_: ran.append(1))
+        with pytest.raises(BudgetError, match=f"cost = {config.cost}"):
+            model(**inputs, past_key_values=cache, use_cache=True)
+        hook.remove()
     assert len(ran) == layers
     assert cache.get_seq_length() == 0
     assert not any(layer.is_initialized for layer in cache.layers)

@@ -18,7 +18,7 @@ PRUNED, JOINED, LEFT = 0, 1, 2
 """What has become of a token."""
 MEANING = {
     LEFT: "are left and go through all layers",
-    JOINED: "were merged into the token at their place in an earlier frame, or one they joined was",
+    JOINED: "were merged into the one at their place in an earlier frame",
     PRUNED: "were pruned: the question looked at others",
 }
 WIDTH, GAP, LABEL, LEGEND = 112, 8, 20, 640
