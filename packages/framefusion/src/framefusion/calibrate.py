@@ -13,7 +13,7 @@ from framefusion.apply import applied
 from framefusion.config import FrameFusionConfig
 from framefusion.layout import LayoutResolver, TokenLayout
 
-GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ def run(
     *,
     experiments: str = ",".join(EXPERIMENTS),
     model: str = "",
-    questions: int = 20,
+    questions: int = 40,
     seeds: int = 3,
 ) -> list[Record]:
     """Measure `experiments` (names joined by commas).

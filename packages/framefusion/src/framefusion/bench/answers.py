@@ -29,6 +29,8 @@ class Outcome:
     right: list[dict[str, list[float]]] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
+    pruned: list[bool] = field(default_factory=list)
+    """For each prompt, whether anything was left for pruning to drop."""
 
     def means(self, task: str | None = None) -> list[float]:
         """Accuracy of each stream: of a task, or averaged over tasks."""
@@ -97,6 +99,9 @@ def ask(world: World, blocks: Iterable[Block], arm: Arm | None, outcome: Outcome
         for block in blocks:
             for (task, answer), found in zip(block.asked, world.answer(block.inputs, block.features), strict=True):
                 right.setdefault(task, []).append(float(found == answer))
+            if handle is not None:
+                kinds = zip(*(stage.kind for stage in handle.trace), strict=True)
+                outcome.pruned += ["prune" in of_row for of_row in kinds]
         outcome.right.append(right)
         if handle is not None:
             stats = handle.stats()
@@ -137,8 +142,12 @@ def _records(
             flops = sum(outcome.flops) / len(outcome.flops)
             yield Record("framefusion", name, "FLOPs of the prefill", flops, "", settings)
     for reduction, config in configs.items():
-        value = config.similarity_threshold
-        yield Record("framefusion", OURS, "threshold", value, "", {**base, "reduction": reduction})
+        settings = {**base, "reduction": reduction}
+        yield Record("framefusion", OURS, "threshold", config.similarity_threshold, "", settings)
+        # Where nothing is left to prune, FrameFusion and merging alone are one and the same.
+        pruned = outcomes[OURS, reduction].pruned
+        share = sum(pruned) / len(pruned)
+        yield Record("framefusion", OURS, "prompts that are pruned", share, "", settings, samples=len(pruned))
     yield from _claims(outcomes, base)
 
 
