@@ -150,18 +150,13 @@ def capture(view: DecoderView, batch: Batch, positions: str = "answer") -> list[
 
 
 def micro_batches(samples: Iterable[Sample], size: int) -> Iterator[list[int]]:
-    """Yield numbers of up to `size` samples that follow each other and are equally long."""
-    run: list[int] = []
-    length = -1
+    """Yield numbers of up to `size` samples that are equally long, in an order that does not depend on `size`."""
+    by_length: dict[int, list[int]] = {}
     for index, sample in enumerate(samples):
-        tokens = sample.hidden.shape[1]
-        if run and (tokens != length or len(run) == size):
-            yield run
-            run = []
-        length = tokens
-        run.append(index)
-    if run:
-        yield run
+        by_length.setdefault(sample.hidden.shape[1], []).append(index)
+    for equal in by_length.values():
+        for start in range(0, len(equal), size):
+            yield equal[start : start + size]
 
 
 def joined(values: list[Any], tokens: int, device: torch.device) -> Any:

@@ -93,7 +93,7 @@ def _ids(batch: Batch) -> Tensor:
 def _require_answers(config: MBQConfig, found: list[tuple[Tensor, Tensor, Tensor]]) -> None:
     if not any(bool(valid.any()) for _, _, valid in found):
         raise CalibrationError("batches: there is no token to calibrate on")
-    if config.needs_gradients:
+    if config.needs_answers:
         if not any(bool(answer.any()) for answer, _, _ in found):
             raise CalibrationError(
                 f"batches: no answer tokens for method = {config.method!r}; add labels with -100 outside the answer"
@@ -118,6 +118,8 @@ def _resume(path: Path, fresh: MBQResult, plans: list[LayerPlan]) -> MBQResult:
 
 
 def _lambdas(config: MBQConfig, sensitivity: dict[str, dict[str, list[float]]], layers: int) -> list[Any]:
+    if config.vision_weight is not None:
+        return [dict.fromkeys(KINDS, config.vision_weight) for _ in range(layers)]
     if config.method != "mbq" or any(value != value for value in sensitivity["vision"]["attn"]):
         return [dict.fromkeys(KINDS) for _ in range(layers)]
     found = {

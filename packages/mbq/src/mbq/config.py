@@ -40,6 +40,8 @@ class MBQConfig(Config):
     """
     ratio_floor: Literal["median"] | None = "median"
     """Least weight of vision tokens: the median over layers, as in the paper's code, or none."""
+    vision_weight: float | None = None
+    """The weight of vision tokens in every layer, in place of the measured one: 0 weighs the answer alone."""
     distort: bool = False
     """Search each layer on the outputs of the quantised layers before it."""
     grid: int = 20
@@ -79,6 +81,9 @@ class MBQConfig(Config):
         )
         self.check(self.grid >= 1, "grid", self.grid, "at least 1")
         self.check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        if self.vision_weight is not None:
+            self.check(self.vision_weight >= 0, "vision_weight", self.vision_weight, "at least 0")
+            self.check(self.method == "mbq", "vision_weight", self.vision_weight, "None for a method without weights")
         for pattern in self.skip_modules:
             try:
                 re.compile(pattern)
@@ -103,6 +108,11 @@ class MBQConfig(Config):
     @property
     def needs_gradients(self) -> bool:
         """Whether the method weighs errors by gradients."""
+        return self.method == "token" or (self.method == "mbq" and self.vision_weight is None)
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether the method has to know which tokens are the answer."""
         return self.method in ("mbq", "token")
 
     @property

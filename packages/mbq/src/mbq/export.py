@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import torch
 from pared_hooks import ConfigError
+from pared_hooks.files import write_whole
 from torch import Tensor, nn
 
 from mbq.config import PER_ROW, MBQConfig
 from mbq.functional import pack_dense
 from mbq.hf import PackedConfig
 from mbq.modules import QuantLinear
-from mbq.result import write_whole
 
 Format = Literal["pared-mbq", "compressed-tensors", "gptq", "awq"]
 FORMATS = ("pared-mbq", "compressed-tensors", "gptq", "awq")
@@ -175,7 +175,7 @@ def _rewrite(folder: Path, quantization: dict[str, Any]) -> None:
     file = folder / "config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
     values["quantization_config"] = quantization
-    write_whole(file, (json.dumps(values, indent=2) + "\n").encode())
+    write_whole(file, json.dumps(values, indent=2) + "\n")
 
 
 def size_on_disk(model: Any) -> int:

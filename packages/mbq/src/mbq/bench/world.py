@@ -155,6 +155,7 @@ def plant_outliers(model: Any) -> None:
 
 
 def _see(model: Any, pixels: Tensor) -> Tensor:
-    inner = model.model
-    patches = inner.vision_tower(pixels.flatten(0, 1)).last_hidden_state
-    return inner.apply_pooling(inner.multi_modal_projector(patches)).unflatten(0, pixels.shape[:2])
+    """Tokens (clips, frames, 16, C) of pixels, as the model itself computes them."""
+    from pared_zoo.recipes.vlm_world import Pupil
+
+    return Pupil(model).to(pixels.device).see(pixels, trained=False)
