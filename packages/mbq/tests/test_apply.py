@@ -207,7 +207,24 @@ def test_casting_a_packed_model_keeps_the_dtype_of_its_scales():
     assert model(IDS).logits.dtype == torch.bfloat16
 
 
-def test_a_decode_step_compiles_into_one_graph():
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"group_size": 32}, {"w_bits": 4, "a_bits": 8}], ids=["W3A16", "W4A8"])
+@torch.no_grad()
+def test_a_decode_step_of_the_whole_model_compiles_into_one_graph(options):
+    from transformers import StaticCache
+
+    model = language_model(num_hidden_layers=1)
+    mbq.apply(model, mbq.MBQConfig(method="rtn", **options), [], restore="none")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    logits = []
+    for step in (model, compiled):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        model(IDS, past_key_values=cache)
+        logits.append(step(IDS[:, :1], past_key_values=cache, position_ids=torch.tensor([[6]])).logits)
+    torch.testing.assert_close(logits[1], logits[0])
+
+
+def test_a_packed_layer_compiles_into_one_graph():
     model = language_model(num_hidden_layers=1)
     mbq.apply(model, mbq.MBQConfig(method="rtn", group_size=32), [], restore="none")
     layer = copy.deepcopy(model.model.layers[0].mlp)

@@ -22,6 +22,8 @@ W3 = {"group_size": 32, "grid": 2}
         ({"method": "best"}, "method"),
         ({"loss": "l1"}, "loss"),
         ({"ratio_floor": "mean"}, "ratio_floor"),
+        ({"vision_weight": -1.0}, "vision_weight"),
+        ({"vision_weight": 0.5, "method": "awq"}, "vision_weight"),
         ({"grid": 0}, "grid"),
         ({"gqa": "yes"}, "gqa"),
         ({"method": "rtn", "distort": True}, "distort"),

@@ -52,6 +52,50 @@ def test_a_packed_vlm_loads_in_a_fresh_process_that_imported_mbq_alone(tmp_path)
     assert theirs.equal(model(IDS).logits)
 
 
+WITHOUT = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+folder, ignore = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=ignore == "yes")
+import mbq
+try:
+    mbq.calibrate(model, [torch.arange(3, 40)[None]], mbq.MBQConfig(group_size=32, method="awq"))
+except mbq.AlreadyQuantizedError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize("ignore", ["no", "yes"])
+def test_loading_without_mbq_is_an_error_and_what_it_can_be_forced_to_give_is_refused(ignore, tmp_path):
+    model = language_model(num_hidden_layers=1)
+    mbq.apply(model, mbq.MBQConfig(**RTN), [], restore="none")
+    model.save_pretrained(tmp_path)
+    arguments = [sys.executable, "-c", WITHOUT, str(tmp_path), ignore]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert "Unknown quantization type, got pared-mbq" in done.stderr
+    if ignore == "no":
+        assert done.returncode != 0
+        assert "ignore_mismatched_sizes" in done.stderr.splitlines()[-1]
+    else:
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "refused: the configuration of LlamaForCausalLM says that it is quantised" in done.stdout
+
+
+@pytest.mark.parametrize("format", ["pared-mbq", "compressed-tensors", "gptq"])
+def test_a_card_beside_the_weights_says_how_to_load_them(format, tmp_path):
+    model = language_model(num_hidden_layers=1)
+    mbq.apply(model, mbq.MBQConfig(w_bits=4, **RTN), [], restore="none")
+    (tmp_path / "README.md").write_text("---\ntags: [mbq, quantized]\n---\nan older card\n")
+    mbq.export(model, tmp_path, format)
+    text = (tmp_path / "README.md").read_text()
+    assert "7 linear layers" in text
+    assert "weights of 4 bits, groups of 32" in text
+    assert ("import mbq" in text) == (format == "pared-mbq")
+    (tmp_path / "README.md").write_text("written by somebody")
+    mbq.export(model, tmp_path, format)
+    assert (tmp_path / "README.md").read_text() == "written by somebody"
+
+
 def test_stored_scales_are_not_rounded_to_the_dtype_that_is_asked_for(tmp_path):
     model = llava_onevision(num_hidden_layers=1)
     mbq.apply(model, mbq.MBQConfig(**RTN), [], restore="none")
@@ -126,7 +170,11 @@ def test_compressed_tensors_loads_its_export_and_computes_the_same(name, tmp_pat
         if "symmetric" in name or name == "W4A8"
         else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     )
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **dequantized)
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, output_loading_info=True, **dequantized
+    )
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
     with torch.no_grad():
         ours, found = model(IDS).logits, theirs(IDS).logits
     # They multiply codes and scales in float16, and round activations with steps of 1/127.5 of a token's range.
@@ -163,6 +211,23 @@ def test_a_gptq_export_unpacks_to_the_same_weight(bits, tmp_path):
     tensors = {key: state[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
     weight = unpack_gptq(tensors, bits, config["checkpoint_format"] == "gptq")
     torch.testing.assert_close(weight, model.get_submodule(name).dequantized())
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gptqmodel_loads_a_gptq_export_and_computes_the_same(bits, symmetric, tmp_path):
+    gptqmodel = pytest.importorskip("gptqmodel", reason="pip install gptqmodel")
+    model = language_model(num_hidden_layers=1)
+    mbq.apply(model, mbq.MBQConfig(**{**RTN, "w_bits": bits, "symmetric": symmetric}), [], restore="none")
+    mbq.export(model, tmp_path, "gptq")
+    loaded = gptqmodel.GPTQModel.load(str(tmp_path), backend=gptqmodel.BACKEND.TORCH, device="cpu").model
+    assert not isinstance(loaded.model.layers[0].mlp.down_proj, torch.nn.Linear)
+    with torch.no_grad():
+        ours, theirs = model(IDS).logits, loaded(IDS).logits.float()
+    # They compute in 16 bits.
+    torch.testing.assert_close(theirs, ours, rtol=2e-2, atol=2e-2 * float(ours.abs().max()))
 
 
 def test_an_awq_export_unpacks_to_the_same_weight(tmp_path):

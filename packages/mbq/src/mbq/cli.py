@@ -19,7 +19,8 @@ RESULT = "mbq-result.safetensors"
 
 ModelArgument = Annotated[str, typer.Argument(help="Model folder or hub name, or smollm2 (needs pared-zoo).")]
 CalibOption = Annotated[
-    Path | None, typer.Option("--calib", help="Text files or JSON lines of conversations, or a folder of them.")
+    Path | None,
+    typer.Option("--calib", help="Text, or JSON lines of questions about pictures and clips; or a folder of such."),
 ]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder that is written.")]
 BitsOption = Annotated[str, typer.Option("--bits", help="w3, w4, w2 ... for weights alone, w4a8 for 8-bit inputs too.")]
@@ -27,6 +28,7 @@ GroupOption = Annotated[int | None, typer.Option("--group-size", help="Input cha
 MethodOption = Annotated[str, typer.Option(help="mbq, awq, token, gptq, smoothquant or rtn.")]
 SamplesOption = Annotated[int, typer.Option(help="Most calibration samples.")]
 LengthOption = Annotated[int, typer.Option(help="Tokens of a piece of text.")]
+FramesOption = Annotated[int, typer.Option(min=1, help="Most frames of a clip, evenly spaced.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 DeviceMapOption = Annotated[str | None, typer.Option("--device-map", help="As transformers takes it: auto, cuda, ...")]
 SkipOption = Annotated[list[str] | None, typer.Option("--skip", help="Regular expression of modules to leave alone.")]
@@ -42,6 +44,7 @@ def quantize(
     method: MethodOption = "mbq",
     samples: SamplesOption = 128,
     length: LengthOption = 512,
+    frames: FramesOption = 8,
     dtype: DtypeOption = "bfloat16",
     device_map: DeviceMapOption = None,
     skip: SkipOption = None,
@@ -53,11 +56,11 @@ def quantize(
     import mbq
 
     loaded, processor, result = _calibrated(
-        model, out, bits, group_size, calib, method, samples, length, dtype, device_map, skip
+        model, out, bits, group_size, calib, method, samples, length, frames, dtype, device_map, skip
     )
     handle = mbq.quantize(loaded, result, restore="none")
     if _is_main():
-        loaded.save_pretrained(out)
+        mbq.export(loaded, out, "pared-mbq")
         processor.save_pretrained(out)
         stats = handle.stats()
         typer.echo(f"{stats['modules']} linear layers at {stats['bits_per_weight']:.3f} bits a weight: {out}")
@@ -73,12 +76,15 @@ def calibrate(
     method: MethodOption = "mbq",
     samples: SamplesOption = 128,
     length: LengthOption = 512,
+    frames: FramesOption = 8,
     dtype: DtypeOption = "bfloat16",
     device_map: DeviceMapOption = None,
     skip: SkipOption = None,
 ) -> None:
     """Write the scales alone, to look at with `report`; `quantize` with the same options and folder uses them."""
-    result = _calibrated(model, out, bits, group_size, calib, method, samples, length, dtype, device_map, skip)[2]
+    result = _calibrated(model, out, bits, group_size, calib, method, samples, length, frames, dtype, device_map, skip)[
+        2
+    ]
     typer.echo(f"{len(result.groups)} scales of {result.num_layers} layers: {out / RESULT}")
 
 
@@ -129,6 +135,7 @@ def _calibrated(
     method: str,
     samples: int,
     length: int,
+    frames: int,
     dtype: str,
     device_map: str | None,
     skip: list[str] | None,
@@ -145,7 +152,7 @@ def _calibrated(
     loaded, processor = _load(model, dtype, device_map, accelerator)
     batches: list[Any] = []
     if calib is not None:
-        batches = _checked(lambda: load_batches(calib, processor, samples, length), "--calib")
+        batches = _checked(lambda: load_batches(calib, processor, samples, length, frames), "--calib")
     out.mkdir(parents=True, exist_ok=True)
     run = lambda: mbq.calibrate(  # noqa: E731
         loaded, batches, config, checkpoint=out / RESULT, accelerator=accelerator, track=_track("calibrating")

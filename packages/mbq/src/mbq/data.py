@@ -1,25 +1,28 @@
-"""Calibration data from files: text, or conversations about pictures as JSON lines."""
+"""Calibration data from files: text, or conversations about pictures and clips as JSON lines."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mbq.errors import CalibrationError
+from mbq.media import frames_of, picture_of
 
 TEXT, LINES = (".txt", ".md"), (".jsonl",)
 
 
-def load_batches(path: str | Path, processor: Any, samples: int, length: int) -> list[Any]:
+def load_batches(path: str | Path, processor: Any, samples: int, length: int, frames: int = 8) -> list[Any]:
     """Up to `samples` batches from a file, or from the files of a folder in the order of their names.
 
     Text (.txt, .md) is cut into pieces of `length` tokens, all of them answer. A line of a .jsonl file is a
-    conversation, `{"image": "cat.png", "question": "...", "answer": "..."}` with the picture's path relative to the
-    file ("image" may be missing); the processor's chat template is applied and the answer's tokens get labels.
+    conversation, `{"image": "cat.png", "question": "...", "answer": "..."}`; the processor's chat template is applied
+    and the answer's tokens get labels. "image" may be a list of pictures, or "video" stand in its place: a folder of
+    frames, an animated picture, or a film that transformers can read; up to `frames` of it are taken. Both may be
+    missing. Their paths are relative to the file, and beside or below it.
 
     Raises CalibrationError for a path without such files, or a line that is no conversation.
     """
@@ -30,7 +33,7 @@ def load_batches(path: str | Path, processor: Any, samples: int, length: int) ->
         raise CalibrationError(f"{path} holds no {', '.join((*TEXT, *LINES))} file")
     batches: list[Any] = []
     for file in files:
-        found = _conversations(file, processor) if file.suffix in LINES else _pieces(file, processor, length)
+        found = _pieces(file, processor, length) if file.suffix in TEXT else _conversations(file, processor, frames)
         for batch in found:
             batches.append(batch)
             if len(batches) == samples:
@@ -47,7 +50,7 @@ def _pieces(file: Path, processor: Any, length: int) -> Iterator[Tensor]:
         yield ids[start : start + length][None]
 
 
-def _conversations(file: Path, processor: Any) -> Iterator[dict[str, Tensor]]:
+def _conversations(file: Path, processor: Any, frames: int) -> Iterator[dict[str, Tensor]]:
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -58,45 +61,47 @@ def _conversations(file: Path, processor: Any) -> Iterator[dict[str, Tensor]]:
             raise CalibrationError(f"{where}: not JSON ({error})") from None
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("question", "answer")):
             raise CalibrationError(
-                f'{where}: an object with "question" and "answer" is needed, and "image" if there is one'
+                f'{where}: an object with "question" and "answer" is needed, and "image" or "video" if there is one'
             )
-        yield labelled(processor, entry["question"], entry["answer"], _picture(file, entry.get("image"), where))
+        names = entry.get("image", [])
+        images = [picture_of(_beside(file, name, where)) for name in ([names] if isinstance(names, str) else names)]
+        video = entry.get("video")
+        clip = None if video is None else frames_of(_beside(file, video, where), frames)
+        yield labelled(processor, entry["question"], entry["answer"], images, clip)
 
 
-def _picture(file: Path, name: Any, where: str) -> Any:
-    if name is None:
-        return None
-    from PIL import Image
-
+def _beside(file: Path, name: Any, where: str) -> Path:
     folder = file.parent.resolve()
     path = (folder / str(name)).resolve()
-    if not path.is_relative_to(folder) or not path.is_file():
-        raise CalibrationError(f"{where}: image {name!r} is no file beside or below {file.name}")
-    return Image.open(path).convert("RGB")
+    if not path.is_relative_to(folder) or not path.exists():
+        raise CalibrationError(f"{where}: {name!r} is nothing beside or below {file.name}")
+    return path
 
 
-def labelled(processor: Any, question: str, answer: str, image: Any = None) -> dict[str, Tensor]:
+def labelled(
+    processor: Any, question: str, answer: str, images: Sequence[Any] = (), video: Any = None
+) -> dict[str, Tensor]:
     """A batch of one conversation, its answer's tokens labelled, all others -100.
+
+    `images` are PIL pictures, `video` is an array of frames, uint8 (frames, height, width, 3).
 
     Raises CalibrationError when the template does not put the answer behind the same tokens as the question alone.
     """
-    content: Any = question
-    if image is not None:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-    asked = [{"role": "user", "content": content}]
+    shown = [{"type": "image"} for _ in images] + ([] if video is None else [{"type": "video"}])
+    asked = [{"role": "user", "content": [*shown, {"type": "text", "text": question}] if shown else question}]
+    said = [{"type": "text", "text": answer}] if shown else answer
     texts = [
         processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=False),
-        processor.apply_chat_template([*asked, {"role": "assistant", "content": _said(answer, image)}], tokenize=False),
+        processor.apply_chat_template([*asked, {"role": "assistant", "content": said}], tokenize=False),
     ]
-    pictures = {} if image is None else {"images": [image]}
-    prompt, whole = (dict(processor(text=[text], return_tensors="pt", **pictures)) for text in texts)
+    media: dict[str, Any] = {"images": list(images)} if images else {}
+    if video is not None:
+        # The frames were chosen already.
+        media |= {"videos": [video], "do_sample_frames": False}
+    prompt, whole = (dict(processor(text=[text], return_tensors="pt", **media)) for text in texts)
     count = prompt["input_ids"].shape[1]
     if not whole["input_ids"][:, :count].equal(prompt["input_ids"]) or whole["input_ids"].shape[1] <= count:
         raise CalibrationError("the chat template does not put an answer behind the prompt; label the batches yourself")
     labels = whole["input_ids"].clone()
     labels[:, :count] = -100
     return {**whole, "labels": labels}
-
-
-def _said(answer: str, image: Any) -> Any:
-    return answer if image is None else [{"type": "text", "text": answer}]

@@ -10,7 +10,7 @@ import torch
 from pared_bench import DemoContext, DemoResult, Figure, Table
 from torch import Tensor
 
-from mbq.bench.arms import SEARCHED
+from mbq.bench.arms import WEIGHTS
 from mbq.bench.sizes import tensor_bytes
 from mbq.bench.world import Exam, calibration_batches
 from mbq.calibrate import calibrate
@@ -43,7 +43,7 @@ def run(
     answers = {"float32": answers_of(exam, exam.model)}
     found = {}
     for name in context.track(METHODS, "calibrating, quantising, asking"):
-        config = MBQConfig(w_bits=bits, group_size=GROUP, **SEARCHED[name])
+        config = MBQConfig(w_bits=bits, group_size=GROUP, **WEIGHTS[name])
         result = calibrate(exam.model, [] if name == "RTN" else batches, config)
         # "fake" computes with the same numbers as "packed", in float products that are faster for whole clips.
         with quantize(exam.model, result, mode="fake"):

@@ -12,6 +12,7 @@ from pared_hooks import ConfigError
 from pared_hooks.files import write_whole
 from torch import Tensor, nn
 
+from mbq.card import write_card
 from mbq.config import PER_ROW, MBQConfig
 from mbq.functional import pack_dense
 from mbq.hf import PackedConfig
@@ -41,14 +42,14 @@ def export(model: Any, path: str | Path, format: Format = "compressed-tensors") 
     config, folder = packed.config, Path(path)
     if format == "pared-mbq":
         model.save_pretrained(folder)
+        write_card(folder, packed, format)
         return folder
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    state = dict(model.state_dict())
     if format == "compressed-tensors":
-        model.save_pretrained(folder)
-        _rewrite(folder, compressed_tensors_config(config, linears))
+        _save(model, folder, state, compressed_tensors_config(config, linears), format)
         return folder
     _require_weight_only(config, format)
-    state = dict(model.state_dict())
     for name in packed.modules:
         module = model.get_submodule(name)
         assert isinstance(module, QuantLinear)
@@ -56,14 +57,23 @@ def export(model: Any, path: str | Path, format: Format = "compressed-tensors") 
             state.pop(f"{name}.{key}", None)
         tensors = gptq_tensors(module) if format == "gptq" else awq_tensors(module)
         state |= {f"{name}.{key}": value for key, value in tensors.items()}
+    zeros_are_stored = any(bool(_zero_codes(model.get_submodule(name)).eq(0).any()) for name in packed.modules)
+    theirs = gptq_config(config, zeros_are_stored) if format == "gptq" else awq_config(config, linears)
+    _save(model, folder, state, theirs, format)
+    return folder
+
+
+def _save(model: Any, folder: Path, state: dict[str, Tensor], quantization: dict[str, Any], format: Format) -> None:
+    """Write `state` with the model's configuration and another `quantization_config`."""
     model.hf_quantizer.written = state
     try:
         model.save_pretrained(folder)
     finally:
         model.hf_quantizer.written = None
-    zeros_are_stored = any(_zero_codes(model.get_submodule(name)).eq(0).any() for name in packed.modules)
-    _rewrite(folder, gptq_config(config, zeros_are_stored) if format == "gptq" else awq_config(config, linears))
-    return folder
+    file = folder / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) | {"quantization_config": quantization}
+    write_whole(file, json.dumps(values, indent=2) + "\n")
+    write_card(folder, model.config.quantization_config, format)
 
 
 def compressed_tensors_config(config: MBQConfig, ignored: list[str]) -> dict[str, Any]:
@@ -169,13 +179,6 @@ def _require_weight_only(config: MBQConfig, format: str) -> None:
         raise ConfigError(f"format = {format!r} is not valid for 8-bit inputs; use 'compressed-tensors'", "format")
     if format == "awq" and (config.w_bits != 4 or config.is_symmetric):
         raise ConfigError("format = 'awq' is not valid: it holds 4 bits with zero points alone", "format")
-
-
-def _rewrite(folder: Path, quantization: dict[str, Any]) -> None:
-    file = folder / "config.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    values["quantization_config"] = quantization
-    write_whole(file, json.dumps(values, indent=2) + "\n")
 
 
 def size_on_disk(model: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config.config
+        model._keys_to_ignore_on_load_unexpected |= {rf"^{re.escape(name)}$" for name in self._guard()}
         for name in self.quantization_config.modules:
             try:
                 linear = model.get_submodule(name)
@@ -70,8 +72,16 @@ class PackedQuantizer(HfQuantizer):
             )
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """The tensors to save; None: those of the model."""
-        return self.written, {}
+        """The tensors to save: those of an export, or the model's with the guard."""
+        return self.written if self.written is not None else model.state_dict() | self._guard(), {}
+
+    def _guard(self) -> dict[str, Tensor]:
+        """An empty tensor in the place of a weight.
+
+        Without mbq, transformers warns of a method it does not know and builds linear layers with random weights. That
+        this one does not fit makes it raise.
+        """
+        return {f"{name}.weight": torch.empty(0) for name in self.quantization_config.modules[:1]}
 
     def is_serializable(self) -> bool:
         """Packed models are saved as they are."""

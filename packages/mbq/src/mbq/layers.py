@@ -100,6 +100,13 @@ def plan_layers(model: nn.Module, config: MBQConfig) -> tuple[DecoderView, list[
 
 def _refuse_quantized(model: nn.Module) -> None:
     foreign = getattr(model, "hf_quantizer", None) or getattr(model, "is_quantized", False)
+    declared = getattr(getattr(model, "config", None), "quantization_config", None)
+    if declared is not None and not foreign:
+        raise AlreadyQuantizedError(
+            f"the configuration of {type(model).__name__} says that it is quantised, and its layers are not: the "
+            "library that packed it was not imported when it was loaded, so that its weights are random. Import that "
+            "(mbq, if the method is pared-mbq) and load it again"
+        )
     if foreign or any(isinstance(module, QuantLinear | FakeQuantLinear) for module in model.modules()):
         raise AlreadyQuantizedError(
             f"{type(model).__name__} is quantised already; remove the handle or load the original weights first"

@@ -32,6 +32,7 @@ class AttentionAdapter:
     num_kv_heads: int
     head_dim: int
     hidden_size: int
+    dtype: torch.dtype
     projections: dict[str, nn.Module]
     key_norm: nn.Module | None
     rope: Callable[..., tuple[Tensor, Tensor]]
@@ -47,13 +48,16 @@ class AttentionAdapter:
     def maps(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
         """(weight (d_kv, d), bias (d_kv,) or None) of the key and of the value projection."""
         if "qkv" not in self.projections:
-            key, value = (linear_map(self.projections[role], self.hidden_size) for role in ("key", "value"))
+            key, value = (self._map(role) for role in ("key", "value"))
             return key, value
-        weight, bias = linear_map(self.projections["qkv"], self.hidden_size)
+        weight, bias = self._map("qkv")
         begin = self.num_heads * self.head_dim
         rows = slice(begin, begin + self.width), slice(begin + self.width, begin + 2 * self.width)
         key, value = ((weight[part], None if bias is None else bias[part]) for part in rows)
         return key, value
+
+    def _map(self, role: str) -> tuple[Tensor, Tensor | None]:
+        return linear_map(self.projections[role], self.hidden_size, self.dtype)
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of one call of the module by name."""
@@ -122,6 +126,7 @@ def adapters_of(model: nn.Module) -> tuple[DecoderView, list[AttentionAdapter]]:
                 num_kv_heads=view.num_key_value_heads,
                 head_dim=view.head_dim,
                 hidden_size=view.hidden_size,
+                dtype=next(view.embed.parameters()).dtype,
                 projections=dict(layer.projections),
                 key_norm=layer.norms.get("key"),
                 rope=_rope_of(module),

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from cskv.errors import UnsupportedAttentionError
 
 
-def linear_map(projection: nn.Module, in_features: int) -> tuple[Tensor, Tensor | None]:
+def linear_map(projection: nn.Module, in_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Weight (d_out, d_in) and bias (d_out,) or None of the affine map that `projection` computes.
 
-    A plain `nn.Linear` is read. Anything else (quantised weights, adapters on top) is applied to the unit vectors.
+    A plain `nn.Linear` is read. Anything else (quantised weights, adapters on top) is applied to the unit vectors in
+    `dtype`, that of the hidden states: what quantised weights are stored in says nothing of it.
     Raises `UnsupportedAttentionError` for weights that are not loaded.
     """
     parameters = [*projection.parameters(), *projection.buffers()]
@@ -23,11 +24,9 @@ def linear_map(projection: nn.Module, in_features: int) -> tuple[Tensor, Tensor 
     if type(projection) is nn.Linear and weight is not None and weight.is_floating_point():
         bias = projection.bias
         return weight.detach(), None if bias is None else bias.detach()
-    floating = [parameter for parameter in parameters if parameter.is_floating_point()]
-    example = floating[0] if floating else torch.zeros(0, device=parameters[0].device if parameters else None)
+    device = parameters[0].device if parameters else None
     with torch.no_grad():
-        zero = torch.zeros(1, in_features, dtype=example.dtype, device=example.device)
-        offset = projection(zero)[0]
-        unit = torch.eye(in_features, dtype=example.dtype, device=example.device)
+        offset = projection(torch.zeros(1, in_features, dtype=dtype, device=device))[0]
+        unit = torch.eye(in_features, dtype=dtype, device=device)
         weight = (projection(unit) - offset).T.contiguous()
     return weight, offset if bool((offset != 0).any()) else None

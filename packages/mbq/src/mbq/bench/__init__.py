@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pared_bench import BenchContext, Record
 
-EXPERIMENTS = ("sensitivity", "w3", "w4a8", "harder", "text", "sizes", "decode")
+EXPERIMENTS = ("sensitivity", "w3", "w4a8", "harder", "text", "sizes", "layers", "decode")
 
 
 def run(
@@ -35,23 +35,26 @@ def run(
     if {"sensitivity", "w3", "w4a8", "harder"} & set(chosen):
         from mbq.bench import vlm
 
+        study = vlm.Study(model, samples, clips, seeds, context.device)
         if "sensitivity" in chosen:
-            records += vlm.sensitivities(context, model, samples)
+            records += vlm.sensitivities(context, study)
         for bits in ("w3", "w4a8"):
             if bits in chosen:
-                records += vlm.compare(context, model, bits, samples, clips, seeds)
+                records += vlm.compare(context, study, bits)
         if "harder" in chosen:
-            arms = {name: vlm.SEARCHED[name] for name in ("RTN", "AWQ (mse)", "AWQ (mae)", "MBQ")}
-            for bits, group in (("w2", 32), ("w2", 64), ("w3", -1)):
-                records += vlm.compare(context, model, bits, samples, clips, seeds, group, arms)
+            records += vlm.harder(context, study)
     if "text" in chosen:
         from mbq.bench import text
 
-        records += text.run(context, samples=8, held_out=8)
+        records += text.run(context)
     if "sizes" in chosen:
         from mbq.bench import sizes
 
         records += sizes.run(context)
+    if "layers" in chosen:
+        from mbq.bench import layers
+
+        records += layers.run(context)
     if "decode" in chosen:
         from mbq.bench import decode
 

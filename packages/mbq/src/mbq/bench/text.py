@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "AWQ (mae)": {"method": "awq"},
     "MBQ": {"method": "mbq"},
 }
+WORK = (*((name, 3) for name in ARMS), ("RTN", 4), ("MBQ", 4))
 
 
 def texts(tokenizer: Any, count: int, held_out: bool) -> list[Tensor]:
@@ -46,8 +48,10 @@ def perplexity(model: Any, held: list[Tensor]) -> float:
     return math.exp(total / count)
 
 
-def run(context: BenchContext, samples: int, held_out: int) -> list[Record]:
-    """Perplexity at W3 and W4, groups of 64, of every arm; and whether MBQ and AWQ chose the same scales."""
+def run(
+    context: BenchContext, samples: int = 4, held_out: int = 8, work: Sequence[tuple[str, int]] = WORK
+) -> list[Record]:
+    """Perplexity in groups of 64 of each (arm, bits) in `work`; and how many scales of MBQ are exactly those of AWQ."""
     from pared_zoo.real import smollm2
 
     model, tokenizer = smollm2()
@@ -60,7 +64,6 @@ def run(context: BenchContext, samples: int, held_out: int) -> list[Record]:
         "scored_tokens": len(held) * (LENGTH - 1),
     }
     records = [Record("mbq", "full precision", "perplexity", perplexity(model, held), "", settings)]
-    work = [(name, 3) for name in ARMS] + [("RTN", 4), ("AWQ (mae)", 4)]
     scales: dict[str, list[Tensor]] = {}
     for name, bits in context.track(work, "SmolLM2: calibrating and reading"):
         one = config(ARMS[name], w_bits=bits, group_size=GROUP)
@@ -73,7 +76,8 @@ def run(context: BenchContext, samples: int, held_out: int) -> list[Record]:
         handle = quantize(model, result, mode="fake")
         records.append(Record("mbq", name, "perplexity", perplexity(model, held), "", {**settings, "bits": f"w{bits}"}))
         handle.remove()
-    equal = sum(a.equal(b) for a, b in zip(scales["MBQ"], scales["AWQ (mae)"], strict=True))
-    share = equal / len(scales["MBQ"])
-    records.append(Record("mbq", "MBQ", "scales equal to AWQ (mae)", share, "", {**settings, "bits": "w3"}))
+    if {"MBQ", "AWQ (mae)"} <= set(scales):
+        equal = sum(a.equal(b) for a, b in zip(scales["MBQ"], scales["AWQ (mae)"], strict=True))
+        share = equal / len(scales["MBQ"])
+        records.append(Record("mbq", "MBQ", "scales equal to AWQ (mae)", share, "", {**settings, "bits": "w3"}))
     return records
