@@ -12,7 +12,7 @@ import torch
 from framefusion import FrameFusionConfig
 from pared_hooks import ConflictError
 from torch import Tensor
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 VIDEO, FRAME, FRAMES = 311, 16, 4
 CONFIG = FrameFusionConfig(cost=0.4, similarity_threshold=0.98, merge_floor=0.05)
@@ -165,7 +165,7 @@ def test_a_decoding_step_of_a_packed_and_reduced_model_is_compiled_once(tiny: An
     torch._dynamo.reset()
     counter = CompileCounter()
     with quantised(tiny), framefusion.applied(text, CONFIG, layout=layout) as handle:
-        caches = [StaticCache(text.config, max_cache_len=96) for _ in range(2)]
+        caches = [StaticCache(text.config, max_cache_len=96), DynamicCache(config=text.config)]
         for one in caches:
             text(inputs_embeds=prompt, past_key_values=one, use_cache=True)
         assert handle.stats()["cost"] == pytest.approx(0.4, abs=0.02)

@@ -97,6 +97,9 @@ def test_a_chunk_by_hand_needs_a_layout(tiny, rng):
         handle.set_layout(TokenLayout.from_blocks(37, [VideoBlock(5, 2, ff_models.FRAME)]))
         model(**chunk, mm_encoder_outputs={"video": encoded}, use_cache=True)
         assert handle.stats()["costs"] == pytest.approx([0.4], abs=1 / 32)
+        # An announced layout is for the next prompt alone.
+        with pytest.raises(LayoutError, match="video_grid_thw is missing"):
+            model(**chunk, mm_encoder_outputs={"video": encoded})
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])

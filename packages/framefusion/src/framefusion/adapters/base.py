@@ -50,7 +50,7 @@ def require_sizes(inputs: Mapping[str, Any], *names: str) -> list[Tensor]:
     if missing:
         raise LayoutError(
             f"{missing[0]} is missing although the prompt has vision tokens: where their frames begin is unknown. Pass "
-            "it, or call handle.set_layout(...) before; chunked prefill needs a layout for every chunk"
+            "it, or call handle.set_layout(...) before, for every part of a prompt that is cut by hand"
         )
     return [value for value in found if isinstance(value, Tensor)]
 
