@@ -72,7 +72,6 @@ class Family:
     """How a family writes prompts. Subclasses fill `model`, `video`, `image` and, where it differs, `join`."""
 
     name = ""
-    images = True
     types = None
     """Name of the argument that says which tokens are images (1) and videos (2)."""
 
@@ -112,12 +111,13 @@ class Family:
         return torch.cat([torch.cat(one) for one in values])
 
     def prompts(self, rng):
-        """Four sequences of unequal length; one with two videos, and an image where the family takes them."""
-        image = [("image", 1), ("text", 9)] if self.images else []
+        """Four sequences of unequal length; one of them has an image and two videos."""
         more = 4 if self.same_length else 3
         return [
             self.prompt(rng, ("text", 4), ("video", 4), ("text", 6)),
-            self.prompt(rng, ("text", 3), *image, ("video", 4), ("text", 14), ("video", more), ("text", 8)),
+            self.prompt(
+                rng, ("text", 3), ("image", 1), ("text", 9), ("video", 4), ("text", 14), ("video", more), ("text", 8)
+            ),
             self.prompt(rng, ("text", 2), ("video", 4 if self.same_length else 5), ("text", 3)),
             self.prompt(rng, ("text", 11), ("video", 4), ("text", 2)),
         ]
@@ -213,7 +213,7 @@ class Qwen3VLMoe(Qwen3VL):
 
 
 class LlavaOnevision(Family):
-    name, images, same_length = "llava-onevision", False, True
+    name, same_length = "llava-onevision", True
     trailing = 1
 
     def model(self, **options):
@@ -233,6 +233,13 @@ class LlavaOnevision(Family):
     def video(self, rng, frames, inputs):
         _add(inputs, pixel_values_videos=frames_of(frames, rng, (3, 32, 32))[None])
         return [START] + [VIDEO] * (FRAME * frames + self.trailing) + [END]
+
+    def image(self, rng, count, inputs):
+        # The whole image and its one tile, whose rows end with newlines; neither is pooled.
+        tokens = 64 + 8 * 9
+        for _ in range(count):
+            _add(inputs, pixel_values=frames_of(2, rng, (3, 32, 32))[None], image_sizes=torch.tensor([[32, 32]]))
+        return ([START] + [IMAGE] * tokens + [END]) * count
 
 
 class LlavaNextVideo(LlavaOnevision):
@@ -345,7 +352,7 @@ class VideoLlama3(Family):
 
 
 class MiniCPM(Family):
-    name, images = "minicpm-v-4.6", False
+    name = "minicpm-v-4.6"
     kind = "MiniCPMV4_6"
     text = {
         "model_type": "qwen3_5_text",
@@ -371,14 +378,21 @@ class MiniCPM(Family):
         )
         return _seeded(lambda: getattr(transformers, f"{self.kind}ForConditionalGeneration")(config))
 
+    def pixels(self, rng, frames):
+        pixels = frames_of(frames, rng, (64, 4, 3 * 4)).reshape(frames * 64, 4, 3, 4)
+        return pixels.permute(2, 3, 0, 1).reshape(1, 3, 4, frames * 64 * 4)
+
     def video(self, rng, frames, inputs):
-        pixels = frames_of(frames, rng, (64, 4, 3 * 4))
-        pixels = pixels.reshape(frames * 64, 4, 3, 4).permute(2, 3, 0, 1).reshape(1, 3, 4, frames * 64 * 4)
-        _add(inputs, pixel_values_videos=pixels, target_sizes_videos=torch.tensor([[8, 8]] * frames))
+        sizes = torch.tensor([[8, 8]] * frames)
+        _add(inputs, pixel_values_videos=self.pixels(rng, frames), target_sizes_videos=sizes)
         return [t for _ in range(frames) for t in (START, *[VIDEO] * 4, END)]
 
+    def image(self, rng, count, inputs):
+        _add(inputs, pixel_values=self.pixels(rng, count), target_sizes=torch.tensor([[8, 8]] * count))
+        return [START, *[IMAGE] * 4, END] * count
+
     def join(self, name, values):
-        dim = 3 if name == "pixel_values_videos" else 0
+        dim = 3 if name.startswith("pixel_values") else 0
         return torch.cat([torch.cat(one, dim) for one in values], dim)
 
 
@@ -417,7 +431,7 @@ class Gemma3(Family):
 
 
 class Gemma4(Family):
-    name, types, images = "gemma4", "mm_token_type_ids", False
+    name, types = "gemma4", "mm_token_type_ids"
 
     def model(self, **options):
         from transformers import Gemma4Config, Gemma4ForConditionalGeneration
@@ -464,6 +478,11 @@ class Gemma4(Family):
             num_frames_per_video=torch.tensor([frames]),
         )
         return [t for frame in range(frames) for t in (20 + frame, START, *[VIDEO] * FRAME, END)]
+
+    def image(self, rng, count, inputs):
+        places = torch.stack(torch.meshgrid(torch.arange(8), torch.arange(8), indexing="xy"), -1).reshape(1, 64, 2)
+        _add(inputs, pixel_values=frames_of(count, rng, (64, 48)), image_position_ids=places.repeat(count, 1, 1))
+        return [START, *[IMAGE] * FRAME, END] * count
 
 
 FAMILIES = {
