@@ -26,6 +26,11 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+WORDS = [f"w{number}" for number in range(50)]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
 
 
 def language_model(name="Llama", **options):
@@ -147,3 +152,14 @@ def qwen2_vl_batches(count=3, seed=0):
             }
         )
     return batches
+
+
+def tokenizer():
+    """One token for each of WORDS, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "<unk>", "user", "assistant", *WORDS]
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", chat_template=TEMPLATE)

@@ -9,24 +9,8 @@ import pytest
 import torch
 from mbq.cli import RESULT, app
 from mbq.data import labelled, load_batches
-from mbq_models import language_model
+from mbq_models import WORDS, language_model, tokenizer
 from typer.testing import CliRunner
-
-WORDS = [f"w{number}" for number in range(50)]
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}assistant {% endif %}"
-)
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<s>", "<unk>", "user", "assistant", *WORDS]
-    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", chat_template=TEMPLATE)
 
 
 def invoke(*arguments):

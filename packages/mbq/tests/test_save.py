@@ -10,7 +10,7 @@ import mbq
 import pytest
 import torch
 from mbq.export import AWQ_ORDER
-from mbq_models import explicit_batches, language_model, llava_onevision, text_batches
+from mbq_models import explicit_batches, language_model, llava_onevision, text_batches, tokenizer
 
 IDS = torch.tensor([[5, 9, 33, 12, 7, 40]])
 RTN = {"method": "rtn", "group_size": 32}
@@ -222,6 +222,7 @@ def test_gptqmodel_loads_a_gptq_export_and_computes_the_same(bits, symmetric, tm
     model = language_model(num_hidden_layers=1)
     mbq.apply(model, mbq.MBQConfig(**{**RTN, "w_bits": bits, "symmetric": symmetric}), [], restore="none")
     mbq.export(model, tmp_path, "gptq")
+    tokenizer().save_pretrained(tmp_path)
     loaded = gptqmodel.GPTQModel.load(str(tmp_path), backend=gptqmodel.BACKEND.TORCH, device="cpu").model
     assert not isinstance(loaded.model.layers[0].mlp.down_proj, torch.nn.Linear)
     with torch.no_grad():

@@ -225,6 +225,16 @@ def test_equal_losses_take_the_smaller_exponent():
     assert {group.ratio for group in result.groups} == {0.0}
 
 
+def test_samples_of_equal_length_run_together_wherever_they_stand():
+    from mbq.batches import Sample, micro_batches
+
+    def sample(tokens):
+        none = torch.zeros(1, tokens, dtype=torch.bool)
+        return Sample(torch.zeros(1, tokens, 2), none, none, {})
+
+    assert list(micro_batches([sample(tokens) for tokens in (3, 4, 3, 3)], 2)) == [[0, 2], [3], [1]]
+
+
 @pytest.mark.parametrize("distort", [False, True])
 def test_micro_batches_do_not_change_the_result(distort):
     model = qwen2_vl(num_hidden_layers=2)

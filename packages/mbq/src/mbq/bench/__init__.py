@@ -17,18 +17,19 @@ def run(
     samples: int = 16,
     clips: int = 125,
     seeds: int = 3,
+    texts: int = 4,
     model: Path | None = None,
 ) -> list[Record]:
     """Measure `experiments` (names joined by commas).
 
     `samples` clips calibrate, with `seeds` different draws; 8 questions about each of `clips` other ones are asked.
-    `model` is a folder with another ``vlm-world``; None: the shipped one. Raises ValueError for an unknown experiment
-    or a count below one.
+    `texts` pieces of 512 tokens calibrate SmolLM2, and twice as many are read. `model` is a folder with another
+    ``vlm-world``; None: the shipped one. Raises ValueError for an unknown experiment or a count below one.
     """
     chosen = [name.strip() for name in experiments.split(",") if name.strip()]
     if unknown := sorted(set(chosen) - set(EXPERIMENTS)):
         raise ValueError(f"experiments={unknown[0]!r} must be among {', '.join(EXPERIMENTS)}")
-    for name, count in (("samples", samples), ("clips", clips), ("seeds", seeds)):
+    for name, count in (("samples", samples), ("clips", clips), ("seeds", seeds), ("texts", texts)):
         if count < 1:
             raise ValueError(f"{name}={count!r} must be at least 1")
     records: list[Record] = []
@@ -46,7 +47,7 @@ def run(
     if "text" in chosen:
         from mbq.bench import text
 
-        records += text.run(context)
+        records += text.run(context, texts, 2 * texts)
     if "sizes" in chosen:
         from mbq.bench import sizes
 
