@@ -75,7 +75,8 @@ def test_chunks_of_a_padded_batch_and_of_beams(tiny, rng):
     inputs = family.batch(*family.prompts(rng))
     with applied(model, AT_ONCE) as handle:
         batch = greedy(model, inputs, 4, prefill_chunk_size=CHUNK)
-        assert batch.shape == (3, inputs["input_ids"].shape[1] + 4)
+        rows, length = inputs["input_ids"].shape
+        assert batch.shape == (rows, length + 4)
         assert handle.stats()["cost"] == pytest.approx(0.5, abs=0.05)
         # A chunk as long as the prompt is the prompt.
         assert greedy(model, inputs, 4, prefill_chunk_size=500).equal(greedy(model, inputs, 4))

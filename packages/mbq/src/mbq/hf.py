@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pared_hooks import Patch
@@ -47,7 +47,8 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config.config
-        model._keys_to_ignore_on_load_unexpected |= {rf"^{re.escape(name)}$" for name in self._guard()}
+        ignored: set[str] = cast(Any, model)._keys_to_ignore_on_load_unexpected
+        ignored |= {rf"^{re.escape(name)}$" for name in self._guard()}
         for name in self.quantization_config.modules:
             try:
                 linear = model.get_submodule(name)

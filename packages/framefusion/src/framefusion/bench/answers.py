@@ -134,8 +134,9 @@ def _records(
         yield _spread(name, "accuracy", means, settings, samples)
         yield _spread(name, "accuracy on needles", needles, settings, seeds * questions)
         loss = [1 - mine / theirs for mine, theirs in zip(means, dense.means(), strict=True) if theirs > 0]
-        if name != DENSE and loss:
-            yield _spread(name, "relative loss", loss, settings, samples)
+        if name != DENSE:
+            if loss:
+                yield _spread(name, "relative loss", loss, settings, samples)
             average = sum(outcome.costs) / len(outcome.costs)
             spread = (min(outcome.costs), max(outcome.costs))
             yield Record("framefusion", name, "cost", average, "", settings, spread, len(outcome.costs))

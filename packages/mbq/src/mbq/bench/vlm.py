@@ -75,7 +75,10 @@ def sensitivities(context: BenchContext, study: Study) -> list[Record]:
         batches = calibration_batches(model, study.samples, context.seed)
         for positions in ("answer", "predicting"):
             found = measure_sensitivity(view, plans, batches, positions=positions)
-            means: dict[str, dict[str, list[float]]] = {"vision": {**found.vision}, "answer": {**found.answer}}
+            means: dict[str, dict[str, list[float]]] = {
+                modality: {str(kind): values for kind, values in by_kind.items()}
+                for modality, by_kind in (("vision", found.vision), ("answer", found.answer))
+            }
             settings = {"experiment": "sensitivity", "samples": study.samples, "positions": positions}
             for kind in ("attn", "mlp"):
                 of_kind = {**settings, "kind": kind}
