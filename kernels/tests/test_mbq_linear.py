@@ -96,6 +96,32 @@ def test_tokens_are_rounded_half_to_even_with_a_floor_under_the_scale():
     torch.testing.assert_close(scale[:, 0], torch.tensor([1.0, 1e-5 / 127]))
 
 
+@pytest.mark.parametrize("many", [3, 40])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_what_is_not_finite_in_a_row_of_x_shows_in_that_row_alone(backend, many, generator):
+    x, *rest = w16_cases.draw(many, 64, 6, 3, 32, False, True, torch.bfloat16, generator)
+    x[0, 3], x[1, 40] = torch.inf, torch.nan
+    _, packed, scales, bias = w4a8_cases.draw(many, 64, 6, True, torch.bfloat16, generator)
+    with pared_kernels.use(backend):
+        outputs = mbq_linear_w16(x, *rest), mbq_linear_w4a8(x, packed, scales, bias)
+    for out in outputs:
+        assert not out[:2].isfinite().any()
+        assert out[2:].isfinite().all()
+
+
+@pytest.mark.parametrize("many", [1, 31, 32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_integer_parts_of_x_keep_float32(bits, many, generator):
+    x, *rest = w16_cases.draw(many, 256, 12, bits, 64, bits % 2 == 0, True, torch.float32, generator)
+    # Entries of very different size in one group, as in models with outlier channels.
+    x[:, ::7] *= 1000
+    with pared_kernels.use("reference"):
+        expected = mbq_linear_w16(x.double(), *rest)
+    with pared_kernels.use("cpu"):
+        found = mbq_linear_w16(x, *rest)
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows_of_x_give_no_output(backend, generator):
     arguments = w16_cases.draw(2, 64, 6, 3, 32, False, True, torch.float32, generator)

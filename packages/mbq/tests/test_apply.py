@@ -243,6 +243,22 @@ def test_generation_runs_on_packed_weights():
     assert int(step) == int(tokens[0, -1])
 
 
+def test_a_model_that_accelerate_has_placed_is_calibrated_and_quantised_the_same():
+    from accelerate import dispatch_model
+
+    model = language_model(num_hidden_layers=2)
+    config, batches = mbq.MBQConfig(**W3), explicit_batches(model, 1)
+    plain = mbq.calibrate(model, batches, config)
+    with mbq.quantize(model, plain):
+        expected = model(IDS).logits
+    # As device_map="auto" does on several devices: hooks move what a module is called with.
+    placed = dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    result = mbq.calibrate(placed, batches, config)
+    assert all(a.scale.equal(b.scale) for a, b in zip(result.groups, plain.groups, strict=True))
+    with mbq.quantize(placed, result):
+        assert placed(IDS).logits.equal(expected)
+
+
 def test_a_layer_at_a_time_can_be_searched_elsewhere():
     model = language_model(num_hidden_layers=2)
     config, batches = mbq.MBQConfig(**W3, method="awq"), explicit_batches(model, 1)

@@ -121,6 +121,14 @@ def test_parameters_without_data_are_refused():
         mbq.calibrate(model, text_batches(1), mbq.MBQConfig(**W3))
 
 
+def test_an_offloaded_model_is_refused():
+    from accelerate import cpu_offload
+
+    model = cpu_offload(language_model(num_hidden_layers=1), torch.device("cpu"))
+    with pytest.raises(mbq.UnsupportedLayerError, match="offloaded"):
+        mbq.calibrate(model, text_batches(1), mbq.MBQConfig(**W3))
+
+
 def test_a_quantised_model_is_not_quantised_again():
     model = language_model(num_hidden_layers=1)
     config = mbq.MBQConfig(method="rtn", group_size=32)
