@@ -198,11 +198,14 @@ def unpack_gptq(tensors, bits, first):
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_a_gptq_export_unpacks_to_the_same_weight(bits, tmp_path):
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_gptq_export_unpacks_to_the_same_weight(bits, symmetric, tmp_path):
     from safetensors.torch import load_file
 
     model = language_model(num_hidden_layers=1)
-    mbq.apply(model, mbq.MBQConfig(w_bits=bits, **RTN), [], restore="none")
+    # A row of positive weights has a zero point of zero.
+    model.model.layers[0].mlp.gate_proj.weight.data[5].abs_()
+    mbq.apply(model, mbq.MBQConfig(w_bits=bits, symmetric=symmetric, **RTN), [], restore="none")
     mbq.export(model, tmp_path, "gptq")
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["bits"], config["group_size"]) == ("gptq", bits, 32)
@@ -220,10 +223,12 @@ def test_a_gptq_export_unpacks_to_the_same_weight(bits, tmp_path):
 def test_gptqmodel_loads_a_gptq_export_and_computes_the_same(bits, symmetric, tmp_path):
     gptqmodel = pytest.importorskip("gptqmodel", reason="pip install gptqmodel")
     model = language_model(num_hidden_layers=1)
-    mbq.apply(model, mbq.MBQConfig(**{**RTN, "w_bits": bits, "symmetric": symmetric}), [], restore="none")
+    mbq.apply(model, mbq.MBQConfig(w_bits=bits, symmetric=symmetric, **RTN), [], restore="none")
     mbq.export(model, tmp_path, "gptq")
     tokenizer().save_pretrained(tmp_path)
-    loaded = gptqmodel.GPTQModel.load(str(tmp_path), backend=gptqmodel.BACKEND.TORCH, device="cpu").model
+    loaded = gptqmodel.GPTQModel.load(
+        str(tmp_path), backend=gptqmodel.BACKEND.TORCH, device="cpu", dtype=torch.float16
+    ).model
     assert not isinstance(loaded.model.layers[0].mlp.down_proj, torch.nn.Linear)
     with torch.no_grad():
         ours, theirs = model(IDS).logits, loaded(IDS).logits.float()

@@ -57,8 +57,7 @@ def export(model: Any, path: str | Path, format: Format = "compressed-tensors") 
             state.pop(f"{name}.{key}", None)
         tensors = gptq_tensors(module) if format == "gptq" else awq_tensors(module)
         state |= {f"{name}.{key}": value for key, value in tensors.items()}
-    zeros_are_stored = any(bool(_zero_codes(model.get_submodule(name)).eq(0).any()) for name in packed.modules)
-    theirs = gptq_config(config, zeros_are_stored) if format == "gptq" else awq_config(config, linears)
+    theirs = gptq_config(config) if format == "gptq" else awq_config(config, linears)
     _save(model, folder, state, theirs, format)
     return folder
 
@@ -107,15 +106,19 @@ def compressed_tensors_config(config: MBQConfig, ignored: list[str]) -> dict[str
     }
 
 
-def gptq_config(config: MBQConfig, second: bool) -> dict[str, Any]:
-    """The `quantization_config` of GPTQ; `second`: zero points as they are, the first version stores them less one."""
+def gptq_config(config: MBQConfig) -> dict[str, Any]:
+    """The `quantization_config` of GPTQ.
+
+    The first version stores zero points less one, so that it cannot hold a zero point of zero; weights with zero points
+    are in the second, which stores them as they are.
+    """
     return {
         "quant_method": "gptq",
         "bits": config.w_bits,
         "group_size": config.group_size,
         "sym": config.is_symmetric,
         "desc_act": False,
-        "checkpoint_format": "gptq_v2" if second else "gptq",
+        "checkpoint_format": "gptq" if config.is_symmetric else "gptq_v2",
     }
 
 
@@ -134,13 +137,12 @@ def awq_config(config: MBQConfig, ignored: list[str]) -> dict[str, Any]:
 def gptq_tensors(module: QuantLinear) -> dict[str, Tensor]:
     """`qweight` (K * bits / 32, N), `qzeros` (G, N * bits / 32), `scales` (G, N) float16, `g_idx` (K,).
 
-    Zero points are stored less one, or as they are where one is zero ("gptq_v2"), which the first version cannot
-    tell from the largest.
+    Zero points are those of the format that `gptq_config` names.
     """
     if module.out_features % 32:
         raise ConfigError(f"format = 'gptq' is not valid: {module.out_features} output channels are no multiple of 32")
     zeros = _zero_codes(module).T
-    stored = zeros if bool(zeros.eq(0).any()) else zeros - 1
+    stored = zeros - 1 if module.symmetric else zeros
     groups = module.in_features // module.group_size
     return {
         "qweight": module.weight_packed.T.contiguous(),
