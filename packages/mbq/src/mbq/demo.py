@@ -28,8 +28,8 @@ def run(
     context: DemoContext,
     *,
     bits: Literal[2, 3, 4] = 3,
-    samples: int = 4,
-    clips: int = 16,
+    samples: int = 16,
+    clips: int = 32,
     model: Path | None = None,
 ) -> DemoResult:
     """Calibrate ``vlm-world`` on `samples` clips, quantise it to `bits`, ask 8 questions about each of `clips` others.
@@ -43,7 +43,7 @@ def run(
     answers = {"float32": answers_of(exam, exam.model)}
     found = {}
     for name in context.track(METHODS, "calibrating, quantising, asking"):
-        config = MBQConfig(w_bits=bits, group_size=GROUP, **WEIGHTS[name])
+        config = MBQConfig(w_bits=bits, group_size=GROUP, batch_size=16, **WEIGHTS[name])
         result = calibrate(exam.model, [] if name == "RTN" else batches, config)
         # "fake" computes with the same numbers as "packed", in float products that are faster for whole clips.
         with quantize(exam.model, result, mode="fake"):

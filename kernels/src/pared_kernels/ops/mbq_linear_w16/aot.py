@@ -37,7 +37,7 @@ def kernels() -> Iterator[Specialization]:
                 aligned=(*pointers, "rows", "columns"),
             )
             for many in (16, 64):
-                constants, options = gemm_constants(bits, 128, many, dtype)
+                constants, options = gemm_constants(bits, 128, many)
                 yield Specialization(
                     gemm_kernel,
                     f"W{bits} {name} M{many}",

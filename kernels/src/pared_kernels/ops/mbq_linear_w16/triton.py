@@ -101,7 +101,6 @@ def gemm_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """A tile of outputs. BLOCK_K divides GROUP: the centred codes are exact, and the scale multiplies their product."""
@@ -134,9 +133,9 @@ def gemm_kernel(
         else:
             centred = code - tl.load(zeros_ptr + place, mask=is_row, other=0).to(tl.int32)[None, :]
         if WIDEN:
-            product = tl.dot(x.to(tl.float32), centred.to(tl.float32), input_precision=PRECISION)
+            product = tl.dot(x.to(tl.float32), centred.to(tl.float32), input_precision="ieee")
         else:
-            product = tl.dot(x, centred.to(x_ptr.dtype.element_ty), input_precision=PRECISION)
+            product = tl.dot(x, centred.to(x_ptr.dtype.element_ty), input_precision="ieee")
         total += product * scale[None, :]
     if BIAS:
         total += tl.load(bias_ptr + row, mask=is_row, other=0.0).to(tl.float32)[None, :]
@@ -182,13 +181,12 @@ def gemv_constants(bits: int, group_size: int) -> tuple[dict[str, Any], dict[str
     return constants, {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 
-def gemm_constants(bits: int, group_size: int, many: int, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+def gemm_constants(bits: int, group_size: int, many: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants and launch options of `gemm_kernel`."""
     block_k = next(size for size in (64, 32) if group_size % size == 0)
     block_x = 16 if many <= 16 else 32 if many <= 32 else 64
     constants = {"BITS": bits, "GROUP": group_size, "BLOCK_X": block_x, "BLOCK_ROWS": 64, "BLOCK_K": block_k}
-    precise = "ieee" if dtype == torch.float32 else "tf32"
-    return {**constants, "PRECISION": precise}, {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+    return constants, {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 
 
 def dequantize_constants(bits: int, group_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
