@@ -11,6 +11,9 @@ RECIPES: dict[str, tuple[str, str]] = {
     "vae-world": ("pared_zoo.recipes.vae_world", "VaeWorld"),
     "sd-world": ("pared_zoo.recipes.sd_world", "SdWorld"),
     "vlm-world": ("pared_zoo.recipes.vlm_world", "VlmWorld"),
+    "ar-world": ("pared_zoo.recipes.ar_world", "ArWorld"),
+    "emu3-world": ("pared_zoo.recipes.emu3_world", "Emu3World"),
+    "vq-world": ("pared_zoo.recipes.vq_world", "VqWorld"),
 }
 
 __all__ = ["RECIPES", "Batch", "Recipe", "Schedule", "Track", "recipe"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,52 @@ def answers(scene: Scene) -> list[int]:
     ]
     place = 0 if scene.place is None else 1 + list(PLACES).index(scene.place)
     return [*words, list(BACKGROUNDS).index(scene.background), arrangement, place, min(len(scene.objects), 3) - 1]
+
+
+def caption_encoder(tokenizer: Any, width: int, layers: int) -> Any:
+    """A new ``CLIPTextModel`` for captions of at most the tokenizer's length."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def read_once(
+    text_encoder: Any,
+    tokenizer: Any,
+    scenes: Sequence[Scene],
+    cache: Path,
+    seeds: tuple[int, int],
+    device: torch.device,
+    track: Track,
+) -> None:
+    """``teach_reading`` from new weights, or load from ``cache`` what it came to; ``seeds`` are of weights and lessons.
+
+    ``text_encoder`` changes in place, and is on the CPU afterwards.
+    """
+    from safetensors.torch import load_file, save_file
+
+    if not cache.exists():
+        with torch.random.fork_rng():
+            torch.manual_seed(seeds[0])
+            fresh = type(text_encoder)(text_encoder.config).to(device)
+        teach_reading(fresh, tokenizer, scenes, seeds[1], track)
+        temporary = cache.with_suffix(".tmp")
+        save_file({k: v.contiguous().cpu() for k, v in fresh.state_dict().items()}, temporary)
+        temporary.replace(cache)
+    text_encoder.load_state_dict(load_file(cache))
 
 
 def teach_reading(

@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pared_zoo.recipes.base import Batch, Recipe, Schedule, Track
 from pared_zoo.recipes.latents import encode_scenes
-from pared_zoo.recipes.reading import teach_reading
+from pared_zoo.recipes.painting import painted_accuracy
+from pared_zoo.recipes.reading import caption_encoder, read_once
 from pared_zoo.recipes.tokenizer import world_tokenizer
 from pared_zoo.shipped import path
 from pared_zoo.world import Scene, SceneDistribution, caption, iter_scenes, sample_scenes
@@ -89,24 +90,8 @@ class SdWorld(Recipe):
         return Denoiser(text_encoder, unet.to(memory_format=torch.channels_last))
 
     def _text_encoder(self) -> torch.nn.Module:
-        from transformers import CLIPTextConfig, CLIPTextModel
-
         a = ARCHITECTURE[self.size]
-        tokenizer = world_tokenizer(MAX_TOKENS)
-        return CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=a["text_width"],
-                intermediate_size=4 * a["text_width"],
-                num_hidden_layers=a["text_layers"],
-                num_attention_heads=4,
-                max_position_embeddings=MAX_TOKENS,
-                projection_dim=a["text_width"],
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        return caption_encoder(world_tokenizer(MAX_TOKENS), a["text_width"], a["text_layers"])
 
     def prepare(self, folder: Path, device: torch.device, track: Track) -> None:
         self._tokenizer = world_tokenizer(MAX_TOKENS)
@@ -114,21 +99,11 @@ class SdWorld(Recipe):
         self._latents = encode_scenes(
             self._scenes, path("vae-world"), RESOLUTION, folder / "latents.safetensors", device, track
         )
-        self._text_state = self._read_captions(folder / "text_encoder.safetensors", device, track)
+        reader = self._text_encoder()
+        seeds = (self.seed_of(5), self.seed_of(6))
+        read_once(reader, self._tokenizer, self._scenes, folder / "text_encoder.safetensors", seeds, device, track)
+        self._text_state = reader.state_dict()
         self._signal = noise_scheduler().alphas_cumprod
-
-    def _read_captions(self, cache: Path, device: torch.device, track: Track) -> dict[str, torch.Tensor]:
-        """Weights of a text encoder that has learnt to read, from ``cache`` if they are there."""
-        from safetensors.torch import load_file, save_file
-
-        if not cache.exists():
-            torch.manual_seed(self.seed_of(5))
-            text_encoder = self._text_encoder().to(device)
-            teach_reading(text_encoder, self._tokenizer, self._scenes, self.seed_of(6), track)
-            temporary = cache.with_suffix(".tmp")
-            save_file({k: v.contiguous().cpu() for k, v in text_encoder.state_dict().items()}, temporary)
-            temporary.replace(cache)
-        return load_file(cache)
 
     def batch(self, step: int, rank: int, size: int) -> Batch:
         rng = np.random.default_rng([self.seed_of(2, step, rank)])
@@ -187,26 +162,21 @@ class SdWorld(Recipe):
         return pipeline
 
     def evaluate(self, folder: Path, device: torch.device, track: Track) -> dict[str, float]:
-        from pared_zoo.world import attribute_accuracy
-
         pipeline = self.load(folder).to(device)
-        scenes = held_out_scenes()
-        pictures: list[np.ndarray] = []
-        for start in track(range(0, len(scenes), 50), "evaluate sd-world", None):
-            block = scenes[start : start + 50]
-            latents = torch.randn(
-                (len(block), 4, 16, 16), generator=torch.Generator().manual_seed(HELD_OUT_SEED + start)
-            )
-            result = pipeline(
-                [caption(s) for s in block],
+
+        def paint(prompts: list[str], seed: int) -> np.ndarray:
+            latents = torch.randn((len(prompts), 4, 16, 16), generator=torch.Generator().manual_seed(seed))
+            images = pipeline(
+                prompts,
                 latents=latents.to(device),
                 num_inference_steps=EVALUATION_STEPS,
                 guidance_scale=GUIDANCE_SCALE,
                 output_type="np",
-            )
-            pictures.append((result.images * 255).round().astype(np.uint8))
-        accuracy = attribute_accuracy(np.concatenate(pictures), scenes)
-        metrics = {f"accuracy_{k}": float(v) for k, v in accuracy.items()}
+            ).images
+            return (images * 255).round().astype(np.uint8)
+
+        scenes = held_out_scenes()
+        metrics = painted_accuracy(paint, scenes, HELD_OUT_SEED, track)
         return metrics | {"prompts": len(scenes), "steps": EVALUATION_STEPS, "guidance_scale": GUIDANCE_SCALE}
 
 
