@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -20,14 +20,14 @@ class LlamaGenPipeline(DiffusionPipeline):
 
     Args:
         transformer: the model that draws tokens.
-        vqmodel: the picture tokenizer, with ``decode(tokens (rows, height, width))`` giving (rows, 3, side, side) in -1 to
-            1, such as ``Emu3VQVAE``.
+        vqmodel: the picture tokenizer, with ``decode(tokens (rows, height, width))`` giving (rows, 3, side, side) in -1
+            to 1, such as ``Emu3VQVAE``.
         text_encoder: a ``CLIPTextModel``, for models of captions.
         tokenizer: its ``CLIPTokenizer``.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vqmodel"
-    _optional_components = ["text_encoder", "tokenizer"]
+    _optional_components: ClassVar = ["text_encoder", "tokenizer"]
 
     def __init__(
         self, transformer: LlamaGenTransformer, vqmodel: Any, text_encoder: Any = None, tokenizer: Any = None
@@ -110,6 +110,8 @@ class LlamaGenPipeline(DiffusionPipeline):
             top_p=top_p,
             generator=generator,
         )
-        pictures = self.image_processor.postprocess(self.decode_tokens(tokens), output_type, do_denormalize=None)
+        pictures = self.decode_tokens(tokens)
+        # They are in 0 to 1 already; left to itself, the processor would take them for -1 to 1.
+        pictures = self.image_processor.postprocess(pictures, output_type, do_denormalize=[False] * len(pictures))
         self.maybe_free_model_hooks()
         return (pictures, tokens) if return_tokens else ImagePipelineOutput(images=pictures)

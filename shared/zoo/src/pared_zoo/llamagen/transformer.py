@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
-from torch.nn.functional import gelu, rms_norm, scaled_dot_product_attention, silu
 from transformers.cache_utils import Cache
 
+from pared_zoo.llamagen.blocks import RMSNorm, TransformerBlock
 from pared_zoo.llamagen.cache import GrowingCache
+from pared_zoo.llamagen.conditions import CaptionEmbedder, LabelEmbedder
 from pared_zoo.llamagen.sampling import check_sampling, draw_tokens, guided
 
 CONDITIONS = ("class", "caption")
@@ -20,9 +21,10 @@ CONDITIONS = ("class", "caption")
 class LlamaGenTransformer(ModelMixin, ConfigMixin):
     """LlamaGen (Sun et al. 2024): pre-norm Llama blocks without biases, two-dimensional rotary positions.
 
-    A sequence is ``prefix_length`` places of the condition, then one place per token. The state at the last place of the
-    prefix gives token 0, that of token i gives token i + 1. Queries and keys of the prefix are zero vectors, because
-    their rotary factors are: every token sees the mean of the prefix's values. Checkpoints of LlamaGen rely on it.
+    A sequence is ``prefix_length`` places of the condition, then one place per token. The state at the last place of
+    the prefix gives token 0, that of token i gives token i + 1. Queries and keys of the prefix are zero vectors,
+    because their rotary factors are: every token sees the mean of the prefix's values. Checkpoints of LlamaGen rely on
+    it.
 
     Args:
         vocab_size: codes of the picture's tokenizer.
@@ -44,7 +46,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         ValueError: for an unknown condition, or a width that does not fit the heads.
     """
 
-    _no_split_modules = ["TransformerBlock"]
+    _no_split_modules: ClassVar = ["TransformerBlock"]
 
     @register_to_config
     def __init__(
@@ -266,154 +268,3 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
             mask = None if condition_mask is None else self.attention_mask(condition_mask, 1, slot)
             position = torch.tensor([slot], device=logits.device)
             logits = self.step(tokens[-1].repeat(copies)[:, None], cache, position, mask)[:, -1]
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation in float32, scaled afterwards."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_states.float(), self.weight.shape, eps=self.eps).type_as(hidden_states) * self.weight
-
-
-class Attention(nn.Module):
-    """Self-attention; ``attend`` computes it and may be replaced by a function of the same arguments."""
-
-    def __init__(self, hidden_size: int, heads: int, dropout: float, index: int) -> None:
-        super().__init__()
-        self.wqkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.wo = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.resid_dropout = nn.Dropout(dropout)
-        self.heads, self.index = heads, index
-        self.attend: Callable[..., tuple[torch.Tensor, None]] = fused_attention
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-    ) -> torch.Tensor:
-        parts = self.wqkv(hidden_states).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = rotate(parts[0], *rotation), rotate(parts[1], *rotation), parts[2]
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.index)
-        out, _ = self.attend(self, query, key, value, attention_mask, scaling=query.shape[-1] ** -0.5)
-        return self.resid_dropout(self.wo(out.flatten(-2)))
-
-
-class FeedForward(nn.Module):
-    """``w2(silu(w1 x) * w3 x)``."""
-
-    def __init__(self, hidden_size: int, inner: int, dropout: float) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(hidden_size, inner, bias=False)
-        self.w3 = nn.Linear(hidden_size, inner, bias=False)
-        self.w2 = nn.Linear(inner, hidden_size, bias=False)
-        self.ffn_dropout = nn.Dropout(dropout)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.ffn_dropout(self.w2(silu(self.w1(hidden_states)) * self.w3(hidden_states)))
-
-
-class TransformerBlock(nn.Module):
-    """Attention and a feed-forward, each behind a norm and beside the residual."""
-
-    def __init__(self, hidden_size: int, inner: int, heads: int, eps: float, dropout: float, index: int) -> None:
-        super().__init__()
-        self.attention = Attention(hidden_size, heads, dropout, index)
-        self.feed_forward = FeedForward(hidden_size, inner, dropout)
-        self.attention_norm = RMSNorm(hidden_size, eps)
-        self.ffn_norm = RMSNorm(hidden_size, eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-    ) -> torch.Tensor:
-        states = self.attention(self.attention_norm(hidden_states), rotation, attention_mask, past_key_values)
-        hidden_states = hidden_states + states
-        return hidden_states + self.feed_forward(self.ffn_norm(hidden_states))
-
-
-class LabelEmbedder(nn.Module):
-    """A table of labels whose last row stands for none."""
-
-    def __init__(self, num_classes: int, hidden_size: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def null(self, condition: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(condition, self.embedding_table.num_embeddings - 1)
-
-    def forward(self, condition: torch.Tensor) -> torch.Tensor:
-        if condition.ndim != 1:
-            raise ValueError(f"condition of shape {tuple(condition.shape)} must be labels of shape (rows,)")
-        last = self.embedding_table.num_embeddings - 1
-        if condition.device.type == "cpu" and len(condition) and not 0 <= condition.min() <= condition.max() <= last:
-            raise ValueError(f"condition holds labels {condition.min()} to {condition.max()}; valid are 0 to {last}")
-        return self.embedding_table(condition)[:, None]
-
-
-class CaptionEmbedder(nn.Module):
-    """Two layers from text features to the model's width, and the features of no caption."""
-
-    def __init__(self, channels: int, length: int, hidden_size: int) -> None:
-        super().__init__()
-        self.cap_proj = CaptionProjection(channels, hidden_size)
-        self.uncond_embedding = nn.Parameter(torch.randn(length, channels) * channels**-0.5)
-
-    def null(self, condition: torch.Tensor) -> torch.Tensor:
-        return self.uncond_embedding.to(condition.dtype).expand(condition.shape)
-
-    def forward(self, condition: torch.Tensor) -> torch.Tensor:
-        if condition.ndim != 3 or condition.shape[1:] != self.uncond_embedding.shape:
-            length, channels = self.uncond_embedding.shape
-            raise ValueError(
-                f"condition of shape {tuple(condition.shape)} must be text features of shape (rows, {length}, {channels})"
-            )
-        return self.cap_proj(condition)
-
-
-class CaptionProjection(nn.Module):
-    """``fc2(gelu(fc1 x))``."""
-
-    def __init__(self, channels: int, hidden_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(channels, hidden_size, bias=False)
-        self.fc2 = nn.Linear(hidden_size, hidden_size, bias=False)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.fc2(gelu(self.fc1(features), approximate="tanh"))
-
-
-def rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Turn neighbouring channels (2 j, 2 j + 1) of (rows, heads, n, width) by angles (..., n, width / 2), in float32."""
-    real, imaginary = states.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = (real * cosine - imaginary * sine, real * sine + imaginary * cosine)
-    return torch.stack(turned, dim=-1).flatten(-2).type_as(states)
-
-
-def fused_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-) -> tuple[torch.Tensor, None]:
-    """Attention with the arguments and the result of those of transformers: (rows, n, heads, width)."""
-    queries, keys = query.shape[2], key.shape[2]
-    if attention_mask is None and 1 < queries < keys:
-        # The causal mode of the fused kernels counts both from the first place.
-        shape = (queries, keys)
-        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(keys - queries)
-    causal = attention_mask is None and queries > 1
-    out = scaled_dot_product_attention(query, key, value, attention_mask, is_causal=causal, scale=scaling)
-    return out.transpose(1, 2), None

@@ -36,9 +36,9 @@ ARCHITECTURE: dict[str, dict[str, Any]] = {
 
 
 class ArWorld(Recipe):
-    """Cross-entropy of every token of ``vq-world`` given those before it and the caption, caption dropout for guidance.
+    """Cross-entropy of each token of ``vq-world`` given those before it and the caption, caption dropout for guidance.
 
-    The text encoder first learns to read captions and then stays as it is; its state at the caption's end is the prefix.
+    The text encoder first learns to read captions and then stays as it is; its state at a caption's end is the prefix.
     """
 
     name = "ar-world"

@@ -1,4 +1,4 @@
-"""Codebooks on the unit sphere: the nearest code, new codes where the old ones are far, and how evenly they are used."""
+"""Codebooks on the unit sphere: the nearest code, new codes where old ones are far, and how evenly they are used."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def nearest_code(directions: torch.Tensor, codebook: torch.Tensor) -> torch.Tens
 def spread_codes(
     directions: torch.Tensor, codes: int, generator: torch.Generator, kept: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A codebook for ``directions``: each new code is drawn with odds that grow with its squared distance to the others.
+    """A codebook for ``directions``: the odds of each to become a code grow with its squared distance to the others.
 
-    That is the seeding of k-means++ (Arthur and Vassilvitskii 2007), followed by a few rounds of spherical k-means when
-    there are no ``kept`` codes. Pictures of the world are mostly background: codes drawn evenly would all lie there.
+    That is the seeding of k-means++ (Arthur and Vassilvitskii 2007), followed by a few rounds of spherical k-means
+    when there are no ``kept`` codes. Pictures are mostly background: codes drawn evenly would all lie there.
 
     Args:
         directions: unit vectors (vectors, channels), at least one.

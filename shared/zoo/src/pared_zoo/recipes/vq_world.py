@@ -33,8 +33,8 @@ ARCHITECTURE: dict[str, tuple[int, tuple[int, ...]]] = {"small": (32, (1, 1, 2))
 class VqWorld(Recipe):
     """Squared error, a little absolute error of picture gradients, and codes on the unit sphere.
 
-    Encoder and decoder first learn without codes; then the codebook is spread over what the encoder gives, learns along,
-    and codes that nothing uses move to where one is missing.
+    Encoder and decoder first learn without codes; then the codebook is spread over what the encoder gives, learns
+    along, and codes that nothing uses move to where one is missing.
     """
 
     name = "vq-world"

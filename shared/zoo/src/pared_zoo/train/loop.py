@@ -135,7 +135,7 @@ def run(
             log.plot(target / "loss.png")
             log.copy(target / "loss.csv")
             facts["starts"] = [[one["from_step"], one["steps"]] for one in starts]
-            facts["parameters"] = sum(p.numel() for p in module.parameters())
+            facts["parameters"] = sum(p.numel() for p in trainable)
             facts["schedule"] = vars(schedule)
             (target / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         if evaluate:
