@@ -7,10 +7,13 @@ import json
 
 import diffusers
 import pared_zoo
+import pared_zoo.llamagen
 import pytest
 import torch
 import transformers
+from pared_zoo.recipes.vae_world import to_model_range
 from pared_zoo.shipped import FOLDER, MAX_BYTES
+from pared_zoo.world import render, sample_scenes
 from safetensors import safe_open
 
 SHIPPED = [name for name in pared_zoo.models() if (FOLDER / name).is_dir()]
@@ -23,7 +26,7 @@ def real_class(name: str) -> type:
     index = folder / "model_index.json"
     config = json.loads((index if index.exists() else folder / "config.json").read_text())
     if "_class_name" in config:
-        return getattr(diffusers, config["_class_name"])
+        return getattr(diffusers, config["_class_name"], None) or getattr(pared_zoo.llamagen, config["_class_name"])
     return getattr(transformers, config["architectures"][0])
 
 
@@ -100,3 +103,46 @@ def test_sd_world_paints_the_same_picture_for_the_same_seed():
     assert picture.shape == (1, 3, 64, 64)
     assert torch.equal(picture, paint("a large red circle on a gray background"))
     assert not torch.equal(picture, paint("a small blue square on a navy background"))
+
+
+@pytest.mark.skipif("vq-world" not in SHIPPED, reason="vq-world is not trained here")
+def test_vq_world_has_codes_of_length_one_and_gives_pictures_back():
+    model, pixels = pared_zoo.load("vq-world"), to_model_range(render(sample_scenes(4, 9), 64))
+    norms = model.quantize.embedding.weight.norm(dim=1)
+    assert norms.shape == (512,)
+    torch.testing.assert_close(norms, torch.ones(512), rtol=0, atol=2e-3)
+    tokens = torch.stack(model.encode(pixels, [(64, 64)] * 4).image_tokens)
+    assert tokens.shape == (4, 16, 16)
+    error = (model.decode(tokens) - pixels).square().mean()
+    # 26 dB; pictures that show nothing of the scene stay below 15.
+    assert error < 0.01
+
+
+@pytest.mark.skipif("ar-world" not in SHIPPED, reason="ar-world is not trained here")
+def test_ar_world_paints_the_same_picture_for_the_same_seed():
+    pipe = pared_zoo.load("ar-world")
+
+    def paint(prompt):
+        return pipe(prompt, generator=torch.Generator().manual_seed(3), output_type="pt", return_tokens=True)
+
+    picture, tokens = paint("a large red circle on a gray background")
+    assert picture.shape == (1, 3, 64, 64)
+    assert tokens.shape == (1, 256)
+    assert torch.equal(tokens, paint("a large red circle on a gray background")[1])
+    assert not torch.equal(tokens, paint("a small blue square on a navy background")[1])
+
+
+@pytest.mark.skipif("emu3-world" not in SHIPPED, reason="emu3-world is not trained here")
+def test_emu3_world_ends_its_lines_and_its_picture():
+    model, processor = (
+        pared_zoo.load("emu3-world"),
+        transformers.Emu3Processor.from_pretrained(pared_zoo.path("emu3-world")),
+    )
+    prompt = {"text": ["a large red circle on a gray background"], "return_for_image_generation": True}
+    inputs = processor(**prompt, image_area=(16 * 8) ** 2, return_tensors="pt")
+    torch.manual_seed(3)
+    tokens = model.generate(inputs["input_ids"], max_new_tokens=300)[:, inputs["input_ids"].shape[1] :]
+    assert tokens.shape == (1, 16 * 17 + 3)
+    assert (tokens[0, 16:272:17] == model.vocabulary_mapping.eol_token_id).all()
+    assert tokens[0, -1] == model.generation_config.eos_token_id
+    assert model.decode_image_tokens(image_tokens=tokens, height=16, width=16).shape == (1, 3, 64, 64)

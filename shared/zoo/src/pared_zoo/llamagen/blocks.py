@@ -86,9 +86,8 @@ class TransformerBlock(nn.Module):
 
 def rotate(states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     """Turn channels (2 j, 2 j + 1) of (rows, heads, n, width) by angles (..., n, width / 2), in float32."""
-    real, imaginary = states.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = (real * cosine - imaginary * sine, real * sine + imaginary * cosine)
-    return torch.stack(turned, dim=-1).flatten(-2).type_as(states)
+    pairs = torch.view_as_complex(states.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cosine, sine)).flatten(-2).type_as(states)
 
 
 def fused_attention(
