@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from pared_kernels import dato_score_select, dispatch, use
-from pared_kernels.ops.dato_score_select.philox import noise, philox
+from pared_kernels.ops.dato_score_select.philox import noise
+from pared_kernels.philox import philox
 
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not dispatch.has_triton(), reason="no triton"))
 BACKENDS = ("reference", TRITON)

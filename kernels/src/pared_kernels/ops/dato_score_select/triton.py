@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .philox import KEY_STEPS, MULTIPLIERS, NOISE_MEAN, NOISE_SCALE, ROUNDS
+from ...philox import KEY_STEPS, MULTIPLIERS, ROUNDS
+from .philox import NOISE_MEAN, NOISE_SCALE
 
 PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 MULTIPLIER_0 = tl.constexpr(MULTIPLIERS[0])

@@ -1,0 +1,79 @@
+"""LlamaGen-class transformers: a class or a caption as prefix, then a square of image tokens with 2-D positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from sjd.adapters.base import Adapter, Inputs, Phase, Prompt
+from sjd.grammar import ImageGrammar
+
+
+class LlamaGen(Adapter):
+    """A model with the calls of `pared_zoo.llamagen.LlamaGenTransformer`; its prompt is a condition, not tokens."""
+
+    name = "llamagen"
+
+    def __init__(self, model: Any, pipeline: Any = None) -> None:
+        super().__init__(model)
+        self.pipeline = pipeline
+
+    def check(self) -> None:
+        """Its attention takes any mask and cache."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Image tokens."""
+        return self.model.config.vocab_size
+
+    @property
+    def head_module(self) -> Any:
+        """The layer that gives logits."""
+        return self.model.output
+
+    @property
+    def max_positions(self) -> int:
+        """The prefix and the grid."""
+        return self.model.prefix_length + self.model.num_tokens
+
+    def layers(self) -> int:
+        """Layers that cache keys and values."""
+        return self.model.config.num_layers
+
+    def embed(self, ids: Tensor, phase: Phase) -> Tensor:
+        """Embeddings of image tokens."""
+        return self.model.embed_tokens(ids)
+
+    def condition(self, condition: Tensor, mask: Tensor | None) -> Prompt:
+        """The prefix of a condition, with `mask` (B, prefix) of its words, padded on the left."""
+        embeds = self.model.embed_condition(condition)
+        padding = torch.zeros(len(embeds), dtype=torch.int64, device=embeds.device)
+        return Prompt(embeds, padding if mask is None else mask.shape[1] - mask.sum(1).to(padding))
+
+    def trunk(self, inputs_embeds: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
+        """Hidden states behind the last norm."""
+        return self.model.trunk(inputs_embeds, position_ids, mask, cache)
+
+    def positions(self, slots: Tensor, prompt: Prompt) -> Tensor:
+        """The slots themselves: padding lies inside the prefix and shifts nothing."""
+        return slots
+
+    def grammar(self, inputs: Inputs | None = None) -> ImageGrammar:
+        """A square of image tokens."""
+        side = self.model.config.grid_size
+        return ImageGrammar([(side, side)], slice(0, self.vocabulary))
+
+    def decode_image(self, tokens: Tensor, grammar: ImageGrammar) -> Tensor:
+        """Pictures of the pipeline's VQ model."""
+        if self.pipeline is None:
+            return super().decode_image(tokens, grammar)
+        return self.pipeline.decode_tokens(tokens)
+
+    def codebook(self) -> Tensor:
+        """Entries of the pipeline's VQ model."""
+        if self.pipeline is None:
+            return super().codebook()
+        return self.pipeline.vqmodel.quantize.embedding.weight

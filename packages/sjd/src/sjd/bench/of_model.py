@@ -1,0 +1,98 @@
+"""Passes and seconds of a picture with a model of the user's, by window and without sjd."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sjd.adapters.base import Inputs
+from sjd.apply import applied, target_of
+from sjd.config import SJDConfig
+
+Draw = Callable[[int], Any]
+WIDTHS = (8, 8, 16, 12, 14, 9)
+
+
+def measure_model(
+    name: str,
+    windows: Sequence[int],
+    prompt: str,
+    images: int,
+    refresh: str,
+    guidance: float,
+    top_k: int,
+    device: str,
+) -> Iterator[str]:
+    """Lines of a table. Raises `ConfigError` for wrong windows or refresh, what loading the model raises."""
+    configs = [SJDConfig.from_dict({"window": size, "refresh": refresh}) for size in windows]
+    if images < 1:
+        raise ValueError(f"images={images!r} must be at least 1")
+    model, draw = _zoo(prompt, guidance, top_k, device) if name == "ar-world" else _transformers(
+        name, prompt, guidance, top_k, device
+    )  # fmt: skip
+    heads = ("passes", "tokens per pass", "ms per pass", "s per picture", "speed-up")
+    yield " ".join(f"{head:>{width}}" for head, width in zip(("window", *heads), WIDTHS, strict=True))
+    plain = _seconds(draw, images)
+    yield f"{'none':>8} {'':>8} {'':>16} {'':>12} {plain:14.2f} {1.0:9.2f}"
+    for config in configs:
+        with applied(model, config) as handle:
+            draw(0)
+            handle.reset()
+            seconds = _seconds(draw, images)
+            stats = handle.stats()
+        passes = stats["nfe"] / len(stats["images"])
+        yield (
+            f"{config.window:>8} {passes:8.1f} {stats['ratio']:16.2f} {stats['ms_per_pass']:12.1f} {seconds:14.2f} "
+            f"{plain / seconds:9.2f}"
+        )
+
+
+def _seconds(draw: Draw, images: int) -> float:
+    start = time.perf_counter()
+    for seed in range(images):
+        draw(seed)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return (time.perf_counter() - start) / images
+
+
+def _zoo(prompt: str, guidance: float, top_k: int, device: str) -> tuple[Any, Draw]:
+    import pared_zoo
+
+    pipeline = pared_zoo.load("ar-world").to(device)
+    text = prompt or "a large red circle left of a small blue square"
+
+    def draw(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        return pipeline(text, guidance_scale=guidance, top_k=top_k, generator=generator, output_type="pt")
+
+    return pipeline, draw
+
+
+def _transformers(name: str, prompt: str, guidance: float, top_k: int, device: str) -> tuple[Any, Draw]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True).eval().to(device)
+    processor = AutoProcessor.from_pretrained(name)
+    _, adapter = target_of(model)
+    made = adapter.inputs_for(processor, [prompt or "a lighthouse at dusk"])
+    inputs = {key: one.to(device) if isinstance(one, Tensor) else one for key, one in made.items()}
+    ids = inputs["input_ids"]
+    asked = Inputs(ids, torch.ones_like(ids, dtype=torch.bool), inputs, inputs.pop("image_grid", None))
+    grammar = adapter.grammar(asked)
+    if grammar is not None and "generation_mode" not in inputs:
+        inputs |= {"max_new_tokens": grammar.length, "min_new_tokens": grammar.length}
+    call = partial(model_generate, model, inputs, guidance, top_k)
+    return model, call
+
+
+def model_generate(model: Any, inputs: dict[str, Any], guidance: float, top_k: int, seed: int) -> Any:
+    """One picture, by whatever answers `generate` now."""
+    torch.manual_seed(seed)
+    return model.generate(**inputs, do_sample=True, top_k=top_k, guidance_scale=guidance)
