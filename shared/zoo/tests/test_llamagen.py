@@ -27,15 +27,15 @@ def build(**options) -> LlamaGenTransformer:
     return model
 
 
-@pytest.fixture(params=["class", "padded caption", "caption"])
+@pytest.fixture(params=["class", "padded caption", "caption", "padded caption with keys"])
 def case(request):
     """(model, condition, condition_mask, tokens of three whole pictures)."""
     tokens = torch.randint(0, 24, (3, 16), generator=torch.Generator().manual_seed(5))
     if request.param == "class":
         return build(), torch.tensor([0, 4, 5]), None, tokens
     features = torch.randn(3, 6, 12, generator=torch.Generator().manual_seed(6))
-    mask = torch.arange(6) >= torch.tensor([[3], [0], [5]]) if request.param == "padded caption" else None
-    return build(**CAPTION), features, mask, tokens
+    mask = torch.arange(6) >= torch.tensor([[3], [0], [5]]) if "padded" in request.param else None
+    return build(**CAPTION, prefix_keys="keys" in request.param), features, mask, tokens
 
 
 def by_hand(model, condition, condition_mask, tokens):
@@ -50,7 +50,7 @@ def by_hand(model, condition, condition_mask, tokens):
         prefix = prefix @ state["cls_embedding.cap_proj.fc2.weight"].T
     x, t = torch.cat([prefix, state["tok_embeddings.weight"][tokens]]), model.prefix_length
     frequencies = torch.tensor([10000.0 ** (-2 * i / 8) for i in range(4)], dtype=torch.float64)
-    turns = torch.zeros(len(x), 8, dtype=torch.complex128)
+    turns = torch.full((len(x), 8), float(model.config["prefix_keys"]), dtype=torch.complex128)
     for slot in range(t, len(x)):
         row, column = divmod(slot - t, 4)
         angles = torch.cat([row * frequencies, column * frequencies])
@@ -259,6 +259,7 @@ def test_weights_have_the_official_names():
     assert set(build(**CAPTION).state_dict()) == OFFICIAL | {f"cls_embedding.{name}" for name in caption}
 
 
+@pytest.mark.parametrize("case", ["class", "padded caption"], indirect=True)
 @pytest.mark.parametrize("shell", ["model", "module", "state_dict", None])
 def test_official_checkpoints_are_read(case, shell, tmp_path):
     model, condition, mask, tokens = case
@@ -269,6 +270,8 @@ def test_official_checkpoints_are_read(case, shell, tmp_path):
 
 
 def test_other_checkpoints_are_refused():
+    with pytest.raises(ValueError, match="prefix_keys=True"):
+        to_original(build(**CAPTION, prefix_keys=True))
     state = to_original(build())["model"]
     with pytest.raises(ValueError, match="num_attention_heads must be given for 2 layers of width 32"):
         from_original({"model": state})

@@ -13,7 +13,7 @@ from transformers import Emu3VQVAE, Emu3VQVAEConfig
 PROMPTS = ["a large red circle on a gray background", "two small rings on a navy background"]
 
 
-def build(condition: str = "caption", caption_length: int = 4, pooled: bool = False) -> LlamaGenPipeline:
+def build(condition: str = "caption", caption_length: int = 4) -> LlamaGenPipeline:
     torch.manual_seed(3)
     transformer = LlamaGenTransformer(
         vocab_size=24, hidden_size=32, num_layers=2, num_attention_heads=2, grid_size=4, multiple_of=16, num_classes=5,
@@ -30,7 +30,7 @@ def build(condition: str = "caption", caption_length: int = 4, pooled: bool = Fa
     if condition == "caption":
         tokenizer = world_tokenizer(32)
         parts = {"text_encoder": caption_encoder(tokenizer, 16, 1).eval(), "tokenizer": tokenizer}
-    return LlamaGenPipeline(transformer=transformer.eval(), vqmodel=vqmodel, pooled=pooled, **parts)
+    return LlamaGenPipeline(transformer=transformer.eval(), vqmodel=vqmodel, **parts)
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +58,6 @@ def test_short_captions_are_padded_on_the_left():
     assert mask.sum(dim=1).tolist() == [3, 2]
     assert mask[:, -2:].all()
     assert not features[~mask].any()
-
-
-def test_pooled_captions_have_their_end_in_every_place(tmp_path):
-    pipe = build(pooled=True)
-    features, mask = pipe.encode_prompt(PROMPTS)
-    assert mask.all()
-    for row, prompt in enumerate(PROMPTS):
-        state = pipe.text_encoder(pipe.tokenizer(prompt, return_tensors="pt")["input_ids"]).last_hidden_state[0, -1]
-        torch.testing.assert_close(features[row], state.expand(4, -1), rtol=1e-4, atol=1e-5)
-    pipe.save_pretrained(tmp_path)
-    assert torch.equal(LlamaGenPipeline.from_pretrained(tmp_path).encode_prompt(PROMPTS)[0], features)
 
 
 def test_pictures_depend_on_seed_and_prompt_alone(pipe):

@@ -22,7 +22,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def kernels() -> Iterator[Specialization]:
     """Yield every kernel for 3 and 4 bits in groups of 128, in both 16-bit dtypes."""
     for bits in (3, 4):
-        for name, dtype in DTYPES.items():
+        for name in DTYPES:
             pointers = {"x_ptr": f"*{name}", "packed_ptr": "*i32", "scales_ptr": "*fp16", "zeros_ptr": "*u8"}
             pointers |= {"bias_ptr": f"*{name}", "out_ptr": f"*{name}"}
             counts = dict.fromkeys(("rows", "columns", "groups", "steps"), "i32")

@@ -8,28 +8,20 @@ import torch
 
 
 def caption_features(
-    text_encoder: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int, pooled: bool = False
+    text_encoder: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of the last ``length`` tokens of each caption, padded on the left, or of its end in every place.
-
-    A causal encoder such as CLIP's has read the whole caption at its end. Keys of the prefix vanish, so that before any
-    training a picture's tokens attend to each place alike: ``pooled`` with many places makes the caption heard.
+    """Features of the last ``length`` tokens of each caption, padded on the left.
 
     Args:
         text_encoder: a ``CLIPTextModel``.
         input_ids: int64 (captions, tokens), padded on the right.
         attention_mask: (captions, tokens), 1 at tokens and 0 at padding.
         length: places.
-        pooled: whether every place holds the state at the caption's end.
 
     Returns:
         Features (captions, length, width), zeros at padding, and bool (captions, length), True at features.
     """
-    out = text_encoder(input_ids)
-    if pooled:
-        features = out.pooler_output[:, None].expand(-1, length, -1)
-        return features, torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
-    features = out.last_hidden_state
+    features = text_encoder(input_ids).last_hidden_state
     counts = attention_mask.sum(dim=1, keepdim=True)
     places = counts - length + torch.arange(length, device=input_ids.device)
     mask = places >= 0

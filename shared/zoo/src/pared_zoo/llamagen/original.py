@@ -73,5 +73,11 @@ def from_original(
 
 
 def to_original(model: LlamaGenTransformer) -> dict[str, dict[str, torch.Tensor]]:
-    """The checkpoint that LlamaGen's own code reads: the weights under ``"model"``, not copied."""
+    """The checkpoint that LlamaGen's own code reads: the weights under ``"model"``, not copied.
+
+    Raises:
+        ValueError: for a model with ``prefix_keys``, which that code does not have.
+    """
+    if model.config["prefix_keys"]:
+        raise ValueError("a model with prefix_keys=True is no model of LlamaGen's code, whose prefix has no keys")
     return {"model": dict(model.state_dict())}

@@ -24,7 +24,6 @@ class LlamaGenPipeline(DiffusionPipeline):
             to 1, such as ``Emu3VQVAE``.
         text_encoder: a ``CLIPTextModel``, for models of captions.
         tokenizer: its ``CLIPTokenizer``.
-        pooled: of ``caption_features``: whether every place of the prefix holds the state at the caption's end.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vqmodel"
@@ -36,11 +35,9 @@ class LlamaGenPipeline(DiffusionPipeline):
         vqmodel: Any,
         text_encoder: Any = None,
         tokenizer: Any = None,
-        pooled: bool = False,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vqmodel=vqmodel, text_encoder=text_encoder, tokenizer=tokenizer)
-        self.register_to_config(pooled=pooled)
         self.image_processor = VaeImageProcessor()
 
     @torch.no_grad()
@@ -60,7 +57,6 @@ class LlamaGenPipeline(DiffusionPipeline):
             words["input_ids"],
             words["attention_mask"],
             self.transformer.config["caption_length"],
-            self.config["pooled"],
         )
         return features.to(self.transformer.dtype), mask
 

@@ -22,9 +22,10 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
     """LlamaGen (Sun et al. 2024): pre-norm Llama blocks without biases, two-dimensional rotary positions.
 
     A sequence is ``prefix_length`` places of the condition, then one place per token. The state at the last place of
-    the prefix gives token 0, that of token i gives token i + 1. Queries and keys of the prefix are zero vectors,
-    because their rotary factors are: every token sees the mean of the prefix's values. Checkpoints of LlamaGen rely on
-    it.
+    the prefix gives token 0, that of token i gives token i + 1. In checkpoints of LlamaGen queries and keys of the
+    prefix are zero vectors, because their rotary factors are: every token sees the mean of the prefix's values. With
+    ``prefix_keys`` they are kept, unturned, so that a token chooses among the words by what they say and by where in
+    the picture it stands: a small model learns from captions in a fraction of the samples.
 
     Args:
         vocab_size: codes of the picture's tokenizer.
@@ -36,6 +37,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         num_classes: labels; one more stands for no condition.
         caption_channels: width of the text features.
         caption_length: places for text features, padded on the left.
+        prefix_keys: whether queries and keys of the prefix are kept; False for checkpoints of LlamaGen.
         multiple_of: the inner width is two thirds of four times the width, rounded up to a multiple of this.
         rms_norm_eps: of the norms.
         rope_theta: base of the rotary frequencies.
@@ -60,6 +62,7 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         num_classes: int = 1000,
         caption_channels: int = 2048,
         caption_length: int = 120,
+        prefix_keys: bool = False,
         multiple_of: int = 256,
         rms_norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
@@ -165,7 +168,8 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
     def rotation(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine of the turns of each pair of channels, float32, with a dimension for the heads.
 
-        The first half of the pairs turns by the token's row, the other by its column; the prefix has zeros.
+        The first half of the pairs turns by the token's row, the other by its column. The prefix has zeros, or is not
+        turned where it has keys.
         """
         half = self.config["hidden_size"] // self.config["num_attention_heads"] // 2
         exponents = torch.arange(0, half, 2, device=position_ids.device, dtype=torch.float32) / half
@@ -173,7 +177,9 @@ class LlamaGenTransformer(ModelMixin, ConfigMixin):
         cell = (position_ids - self.prefix_length)[..., None]
         size = self.config["grid_size"]
         angles = torch.cat([cell.div(size, rounding_mode="floor") * frequencies, (cell % size) * frequencies], dim=-1)
-        shown = (cell >= 0).float()
+        in_picture = cell >= 0
+        angles = angles * in_picture
+        shown = 1.0 if self.config["prefix_keys"] else in_picture.float()
         return (angles.cos() * shown).unsqueeze(-3), (angles.sin() * shown).unsqueeze(-3)
 
     def head(self, hidden_states: torch.Tensor) -> torch.Tensor:

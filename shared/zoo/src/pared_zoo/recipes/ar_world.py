@@ -24,9 +24,6 @@ from pared_zoo.shipped import path
 from pared_zoo.world import Scene, caption, render
 
 CFG_DROPOUT = 0.1
-#: Places of the caption. All hold the state at its end, where the text encoder has learnt to tell what it says; with a
-#: single one, what begins as one part in 257 of the attention learns slowly.
-CAPTION_LENGTH = 16
 #: The best of 1, 1.5, 2 and 3 by attribute accuracy on scenes that are neither trained on nor held out.
 GUIDANCE_SCALE = 2.0
 #: Size -> scenes encoded once, width, layers and heads of the transformer, width and layers of the text encoder.
@@ -39,7 +36,7 @@ ARCHITECTURE: dict[str, dict[str, Any]] = {
 class ArWorld(Recipe):
     """Cross-entropy of each token of ``vq-world`` given those before it and the caption, caption dropout for guidance.
 
-    The text encoder first learns to read captions and then stays as it is; its state at the end fills the prefix.
+    The text encoder first learns to read captions and then stays as it is; its states at the words are the prefix.
     """
 
     name = "ar-world"
@@ -59,7 +56,8 @@ class ArWorld(Recipe):
             grid_size=GRID,
             condition="caption",
             caption_channels=a["text_width"],
-            caption_length=CAPTION_LENGTH,
+            caption_length=MAX_TOKENS,
+            prefix_keys=True,
             # Narrow layers learn sooner from weights that keep the size of what they read.
             initializer_range=a["width"] ** -0.5,
         )
@@ -97,11 +95,11 @@ class ArWorld(Recipe):
     def loss(self, module: torch.nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         tokens = batch["tokens"]
         with torch.no_grad():
-            condition, _ = caption_features(
-                self._text_encoder, batch["input_ids"], batch["attention_mask"], CAPTION_LENGTH, pooled=True
+            condition, mask = caption_features(
+                self._text_encoder, batch["input_ids"], batch["attention_mask"], MAX_TOKENS
             )
         condition = torch.where(batch["dropped"][:, None, None], module.null_condition(condition), condition)
-        logits = module(tokens[:, :-1], condition)
+        logits = module(tokens[:, :-1], condition, mask)
         return {"loss": cross_entropy(logits.flatten(0, 1), tokens.flatten())}
 
     def save(self, module: torch.nn.Module, folder: Path) -> None:
@@ -110,7 +108,6 @@ class ArWorld(Recipe):
             vqmodel=self._vqmodel(),
             text_encoder=self._text_encoder,
             tokenizer=self._tokenizer,
-            pooled=True,
         )
         pipeline.to(torch.float16).save_pretrained(folder)
 
