@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pared_zoo.recipes.codebook import code_usage, nearest_code, spread_codes
+from pared_zoo.recipes.codebook import code_usage, nearest_code, separate_codes, spread_codes
 from torch.nn.functional import normalize
 
 
@@ -48,6 +48,24 @@ def test_more_codes_than_directions_are_no_error():
     codebook = spread_codes(torch.eye(3), 7, seeded())
     assert codebook.shape == (7, 3)
     assert set(codebook.argmax(dim=1).tolist()) == {0, 1, 2}
+
+
+def test_new_codes_keep_their_distance_while_they_can(clusters):
+    _, directions = clusters
+    codebook = spread_codes(directions, 5, seeded(), kept=directions[:1], apart=0.1)
+    others = codebook @ codebook.T - 2 * torch.eye(5)
+    # Five centres with five codes: without a distance, several go to the cluster of 2,000.
+    assert others.max() < 0.9
+    # A sixth code has no place so far away.
+    assert spread_codes(directions, 6, seeded(), kept=directions[:1], apart=0.1).shape == (6, 6)
+
+
+def test_of_two_near_codes_the_commoner_one_stays_and_what_does_not_occur_goes():
+    angles = torch.tensor([0.0, 0.01, 1.0, 1.01, 2.0])
+    codebook = torch.stack([angles.cos(), angles.sin()], dim=1)
+    kept = separate_codes(codebook, torch.tensor([3, 5, 9, 2, 0]), apart=0.001)
+    assert kept.tolist() == [1, 2]
+    assert separate_codes(codebook, torch.tensor([3, 5, 9, 2, 0]), apart=0.0).tolist() == [0, 1, 2, 3]
 
 
 def test_usage_counts_codes_and_how_even_they_are():

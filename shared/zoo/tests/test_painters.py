@@ -9,14 +9,14 @@ import pytest
 import torch
 from pared_zoo.llamagen import draw_tokens, guided
 from pared_zoo.recipes import ar_world, emu3_world, reading
-from pared_zoo.recipes.ar_world import ArWorld, nats_per_token
+from pared_zoo.recipes.ar_world import LOOK_BLOCKS, LOOK_WEIGHT, ArWorld, nats_per_token
 from pared_zoo.recipes.codebook import nearest_code
 from pared_zoo.recipes.emu3_text import picture_prompt
 from pared_zoo.recipes.emu3_world import PICTURE_LENGTH, Emu3World, draw_pictures
 from pared_zoo.recipes.latents import tokenize_scenes
 from pared_zoo.recipes.painting import painted_accuracy
 from pared_zoo.recipes.vae_world import to_model_range, to_pixels
-from pared_zoo.recipes.vq_world import VqWorld, decode_directions, encode_directions, encode_pictures
+from pared_zoo.recipes.vq_world import VqWorld, decode_directions, encode_directions, encode_pictures, mosaic
 from pared_zoo.world import attribute_accuracy, caption, render, sample_scenes
 from torch.nn.functional import cross_entropy, normalize
 
@@ -43,7 +43,7 @@ def small(monkeypatch, untrained):
     for module in (ar_world, emu3_world):
         monkeypatch.setattr(module, "path", lambda name: untrained)
     monkeypatch.setattr(reading, "teach_reading", lambda *a, **k: lessons(*a, **k, steps=2))
-    narrow = {"scenes": 30, "width": 32, "layers": 2, "heads": 2, "text_width": 16, "text_layers": 1}
+    narrow = {"scenes": 30, "width": 32, "layers": 4, "heads": 2, "text_width": 16, "text_layers": 1}
     monkeypatch.setitem(ar_world.ARCHITECTURE, "small", narrow)
     monkeypatch.setitem(emu3_world.ARCHITECTURE, "small", (30, 32, 3, 2, 1, 64))
 
@@ -109,6 +109,35 @@ def test_codes_that_nothing_uses_move_and_the_others_stay():
     assert (weight == before).all(dim=1).float().mean() > 0.5
 
 
+def test_a_mosaic_takes_blocks_of_the_picture_and_of_the_one_before():
+    pixels = torch.arange(3.0)[:, None, None, None].expand(3, 2, 64, 64)
+    mixed, own = mosaic(pixels, torch.Generator().manual_seed(4))
+    assert own.shape == (3, 16, 16)
+    for k in range(3):
+        shown = own[k].repeat_interleave(4, 0).repeat_interleave(4, 1)
+        expected = torch.where(shown, float(k), float((k - 1) % 3))
+        assert torch.equal(mixed[k], expected.expand(2, 64, 64))
+    blocks = own.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)
+    assert (blocks.all(-1) | ~blocks.any(-1)).all()
+    assert 0.3 < own.float().mean() < 0.7
+
+
+def test_directions_are_pulled_towards_those_of_the_same_patches_elsewhere():
+    recipe = VqWorld()
+    module, batch = recipe.build(), recipe.batch(3, 0, 4)
+    terms = recipe.loss(module, batch, torch.Generator().manual_seed(5))
+    directions = encode_directions(module, batch["pixels"])
+    mixed, own = mosaic(batch["pixels"], torch.Generator().manual_seed(5))
+    found = encode_directions(module, mixed)
+    errors = [
+        (found[i] - torch.where(own[i][..., None], directions[i], directions[i - 1])).square().mean() for i in range(4)
+    ]
+    torch.testing.assert_close(terms["local"], torch.stack(errors).mean())
+    assert terms["local"] > 0
+    terms["loss"].backward()
+    assert without_gradient(module) == []
+
+
 # Tokens and prompts
 
 
@@ -146,17 +175,41 @@ def test_ar_world_learns_tokens_behind_captions_and_drops_a_tenth_of_them(small,
     assert not torch.equal(batch["tokens"], recipe.batch(3, 1, 400)["tokens"])
     assert 20 <= batch["dropped"].sum() <= 60
     module = recipe.build()
-    torch.nn.init.normal_(module.output.weight, std=0.3)
+    torch.nn.init.normal_(module.transformer.output.weight, std=0.3)
     few = {name: value[:6] for name, value in batch.items()} | {"dropped": torch.arange(6) % 2 == 0}
-    loss = recipe.loss(module, few, None)["loss"]
-    loss.backward()
+    terms = recipe.loss(module, few, None)
+    terms["loss"].backward()
     assert without_gradient(module) == []
     rows = []
     for i in range(6):
-        state = recipe._text_encoder(few["input_ids"][i : i + 1]).pooler_output[:, None].expand(-1, 16, -1)
-        condition = module.null_condition(state) if i % 2 == 0 else state
-        rows.append(cross_entropy(module(few["tokens"][i : i + 1, :-1], condition)[0], few["tokens"][i]))
-    torch.testing.assert_close(loss, torch.stack(rows).mean(), rtol=1e-4, atol=1e-5)
+        words = few["attention_mask"][i].bool()
+        states = recipe._text_encoder(few["input_ids"][i : i + 1, words]).last_hidden_state
+        # Padded on the left to all places; what stands at padding is hidden.
+        condition = torch.nn.functional.pad(states, (0, 0, 32 - states.shape[1], 0))
+        mask = torch.arange(32)[None] >= 32 - states.shape[1]
+        condition = module.transformer.null_condition(condition) if i % 2 == 0 else condition
+        logits = module.transformer(few["tokens"][i : i + 1, :-1], condition, mask)
+        rows.append(cross_entropy(logits[0], few["tokens"][i]))
+    torch.testing.assert_close(terms["nats"], torch.stack(rows).mean(), rtol=1e-4, atol=1e-5)
+    assert terms["loss"] == terms["nats"] + LOOK_WEIGHT * terms["look"]
+
+
+def test_ar_world_tells_what_the_place_of_the_next_token_shows(small, tmp_path):
+    recipe = ArWorld()
+    recipe.prepare(tmp_path, CPU, silent)
+    module, batch = recipe.build(), recipe.batch(3, 0, 2)
+    seen = []
+    module.transformer.layers[LOOK_BLOCKS - 1].register_forward_hook(lambda _m, _a, states: seen.append(states))
+    condition, mask = torch.randn(2, 32, 16), torch.ones(2, 32, dtype=torch.bool)
+    logits, guesses = module(batch["tokens"][:, :-1], condition, mask)
+    assert logits.shape[:2] == guesses.shape[:2] == batch["looks"].shape[:2] == (2, 256)
+    # The state of the prefix's last place gives token 0, and so on.
+    torch.testing.assert_close(guesses, module.look(seen[0][:, 31:]))
+    changed = batch["tokens"][:, :-1].clone()
+    changed[:, 100] = (changed[:, 100] + 1) % 512
+    other = module(changed, condition, mask)[1]
+    assert torch.equal(other[:, :101], guesses[:, :101])
+    assert not torch.equal(other[:, 101], guesses[:, 101])
 
 
 def test_ar_world_is_saved_as_a_pipeline_and_measured(small, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from pared_zoo.recipes import RECIPES, recipe
 from pared_zoo.train import __main__, run
 from pared_zoo.train.card import write_card
 from pared_zoo.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from pared_zoo.train.optimizers import optimizers
 from safetensors.torch import load_file
 
 
@@ -46,6 +48,37 @@ def test_an_interrupted_run_resumes_to_the_same_weights_as_an_uninterrupted_one(
     monkeypatch.setattr(recipe("line"), "interrupt_at", None)
     resumed = weights(run("line", out=tmp_path / "cut", resume=True))
     assert torch.equal(whole, resumed)
+
+
+class Matrices:
+    """Give the line's matrix to Muon."""
+
+    def __init__(self, monkeypatch, rate: float | None) -> None:
+        schedule = dataclasses.replace(recipe("line").schedules["small"], muon_learning_rate=rate)
+        monkeypatch.setattr(recipe("line"), "schedules", {"small": schedule})
+        monkeypatch.setattr(recipe("line"), "muon_parameters", lambda self, module: [module.weight])
+
+
+def test_what_a_recipe_gives_to_muon_is_stepped_by_it_and_resumes(tmp_path, monkeypatch):
+    plain = weights(run("line", out=tmp_path / "plain"))
+    Matrices(monkeypatch, 0.1)
+    module = recipe("line")().build()
+    adam, muon = optimizers(recipe("line")(), module)
+    assert [p is module.bias for group in adam.param_groups for p in group["params"]] == [True]
+    assert [p is module.weight for group in muon.param_groups for p in group["params"]] == [True]
+    whole = weights(run("line", out=tmp_path / "whole"))
+    assert not torch.equal(whole, plain)
+    monkeypatch.setattr(recipe("line"), "interrupt_at", 7)
+    with pytest.raises(KeyboardInterrupt):
+        run("line", out=tmp_path / "cut")
+    monkeypatch.setattr(recipe("line"), "interrupt_at", None)
+    assert torch.equal(weights(run("line", out=tmp_path / "cut", resume=True)), whole)
+
+
+def test_matrices_for_muon_need_a_rate(tmp_path, monkeypatch):
+    Matrices(monkeypatch, None)
+    with pytest.raises(ValueError, match="muon_learning_rate=None must be a rate for 1 matrices of 'line'"):
+        run("line", out=tmp_path / "line")
 
 
 def losses(folder: Path) -> dict[str, str]:

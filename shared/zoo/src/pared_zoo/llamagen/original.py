@@ -38,9 +38,12 @@ def from_original(
         ValueError: for weights of another kind of model (the message names what is missing or left over), or a size
             that was not published without ``num_attention_heads``.
     """
-    if not isinstance(checkpoint, dict):
-        checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    state = next((checkpoint[shell] for shell in SHELLS if isinstance(checkpoint.get(shell), dict)), checkpoint)
+    held: dict[str, Any]
+    if isinstance(checkpoint, dict):
+        held = checkpoint
+    else:
+        held = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = next((held[shell] for shell in SHELLS if isinstance(held.get(shell), dict)), held)
     state = {name: value for name, value in state.items() if name not in IGNORED}
     try:
         vocab_size, hidden_size = state["tok_embeddings.weight"].shape

@@ -25,6 +25,7 @@ class Schedule:
         learning_rate: peak of a linear warm-up followed by a cosine to zero.
         warmup: steps of the warm-up.
         ema_decay: decay of the averaged weights that are exported.
+        muon_learning_rate: the same peak for the recipe's ``muon_parameters``.
     """
 
     steps: int
@@ -32,6 +33,7 @@ class Schedule:
     learning_rate: float
     warmup: int = 100
     ema_decay: float = 0.999
+    muon_learning_rate: float | None = None
 
 
 class Recipe(ABC):
@@ -64,6 +66,13 @@ class Recipe(ABC):
     @abstractmethod
     def loss(self, module: torch.nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Named terms; ``"loss"`` is minimised, the others are logged."""
+
+    def muon_parameters(self, module: torch.nn.Module) -> list[torch.nn.Parameter]:
+        """Matrices of ``module`` that Muon (Jordan et al. 2024) steps instead of AdamW; none unless a recipe says so.
+
+        Transformers learn from half the samples so; embeddings and the last layer stay with AdamW.
+        """
+        return []
 
     @abstractmethod
     def save(self, module: torch.nn.Module, folder: Path) -> None:

@@ -22,8 +22,27 @@ def nearest_code(directions: torch.Tensor, codebook: torch.Tensor) -> torch.Tens
     return (directions.float() @ codebook.float().T).argmax(-1)
 
 
+def separate_codes(codebook: torch.Tensor, counts: torch.Tensor, apart: float) -> torch.Tensor:
+    """Indices int64 of codes that occur and are ``apart`` from each other; of two that are near the commoner one stays.
+
+    Args:
+        codebook: unit vectors (codes, channels).
+        counts: how often each occurs, (codes,).
+        apart: least distance, one minus the product.
+    """
+    near = codebook @ codebook.T > 1 - apart
+    kept = torch.zeros(len(codebook), dtype=torch.bool, device=codebook.device)
+    for k in counts.argsort(descending=True, stable=True).tolist():
+        kept[k] = bool(counts[k] > 0) and not (near[k] & kept).any()
+    return kept.nonzero().flatten()
+
+
 def spread_codes(
-    directions: torch.Tensor, codes: int, generator: torch.Generator, kept: torch.Tensor | None = None
+    directions: torch.Tensor,
+    codes: int,
+    generator: torch.Generator,
+    kept: torch.Tensor | None = None,
+    apart: float = 0.0,
 ) -> torch.Tensor:
     """A codebook for ``directions``: the odds of each to become a code grow with its squared distance to the others.
 
@@ -35,6 +54,7 @@ def spread_codes(
         codes: how many codes the result has.
         generator: draws the new codes; on the CPU.
         kept: unit vectors (up to codes, channels) that stay, and come first.
+        apart: vectors nearer than this to a code (one minus the product) do not become one while others are left.
 
     Returns:
         float32 unit vectors (codes, channels).
@@ -47,7 +67,8 @@ def spread_codes(
         book[:count] = kept
         distance = 1 - (directions @ book[:count].T).amax(dim=1)
     for k in range(count, codes):
-        weight = distance.clamp(min=0).cpu()
+        far = distance > apart
+        weight = (torch.where(far, distance, 0) if far.any() else distance.clamp(min=0)).cpu()
         # Nothing is far from a code, or there is none yet: any vector will do.
         even = not torch.isfinite(weight).all() or weight.sum() <= 0
         row = torch.multinomial(torch.ones_like(weight) if even else weight, 1, generator=generator).item()

@@ -72,8 +72,15 @@ class Emu3World(Recipe):
     name = "emu3-world"
     library = "transformers"
     schedules: ClassVar = {
-        "small": Schedule(steps=1200, batch_size=64, learning_rate=2e-3, ema_decay=0.995),
-        "base": Schedule(steps=40_000, batch_size=256, learning_rate=8e-4, warmup=500, ema_decay=0.9995),
+        "small": Schedule(steps=1200, batch_size=64, learning_rate=2e-3, ema_decay=0.995, muon_learning_rate=4e-3),
+        "base": Schedule(
+            steps=40_000,
+            batch_size=256,
+            learning_rate=8e-4,
+            warmup=500,
+            ema_decay=0.9995,
+            muon_learning_rate=1e-3,
+        ),
     }
 
     def build(self) -> torch.nn.Module:
@@ -121,6 +128,9 @@ class Emu3World(Recipe):
         # The defaults would take the likeliest code, or one of the 50 likeliest.
         model.generation_config.do_sample, model.generation_config.top_k = True, 0
         return Reader(model)
+
+    def muon_parameters(self, module: Any) -> list[torch.nn.Parameter]:
+        return [p for p in module.model.model.text_model.layers.parameters() if p.ndim == 2]
 
     def prepare(self, folder: Path, device: torch.device, track: Track) -> None:
         self._tokenizer = emu3_tokenizer(CODES, MAX_LENGTH)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 from pared_zoo.recipes.base import Batch, Recipe, Schedule, Track
-from pared_zoo.recipes.codebook import code_usage, nearest_code, spread_codes
+from pared_zoo.recipes.codebook import code_usage, nearest_code, separate_codes, spread_codes
 from pared_zoo.recipes.vae_world import to_model_range, to_pixels
 from pared_zoo.world import render, sample_scenes
 
@@ -19,6 +19,11 @@ CODES, CHANNELS = 512, 8
 EDGE_WEIGHT = 0.1
 #: Pull of the encoder's output towards its code; the code is pulled with weight 1.
 COMMITMENT = 0.25
+#: How much it counts that a patch has the same direction whatever stands around it, and the side, in tokens, of the
+#: blocks from which pictures are put together to see that.
+LOCALITY, BLOCK = 0.3, 2
+#: Least distance of codes, one minus their product: nearer ones look the same and would differ by chance.
+APART = 0.012
 #: Share of the steps before there is a codebook, share of them at which codes that nothing uses stop being moved, and
 #: how often that is done in between.
 CODES_FROM, CODES_SETTLE, MOVE_EVERY = 0.1, 0.7, 0.02
@@ -34,7 +39,9 @@ class VqWorld(Recipe):
     """Squared error, a little absolute error of picture gradients, and codes on the unit sphere.
 
     Encoder and decoder first learn without codes; then the codebook is spread over what the encoder gives, learns
-    along, and codes that nothing uses move to where one is missing.
+    along, and codes that nothing uses move to where one is missing. A patch has to keep its direction in a mosaic of
+    two pictures: codes that depend on what is far away differ between equal patches, and a model of tokens would have
+    to draw that difference as well.
     """
 
     name = "vq-world"
@@ -84,8 +91,11 @@ class VqWorld(Recipe):
         output = decode_directions(module, seen)
         error = output.float() - pixels
         square, edges = error.square().mean(), error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        loss = square + EDGE_WEIGHT * edges + quantised * (COMMITMENT * pull + drag)
-        return {"loss": loss, "square": square, "edges": edges, "codes": pull}
+        mixed, own = mosaic(pixels, generator)
+        wanted = torch.where(own[..., None], directions, directions.roll(1, 0))
+        local = (encode_directions(module, mixed) - wanted).square().mean()
+        loss = square + EDGE_WEIGHT * edges + quantised * (COMMITMENT * pull + drag) + LOCALITY * local
+        return {"loss": loss, "square": square, "edges": edges, "codes": pull, "local": local}
 
     @property
     def _codes_from(self) -> int:
@@ -97,19 +107,20 @@ class VqWorld(Recipe):
 
     @torch.no_grad()
     def _spread(self, module: Any, step: int, everything: bool) -> None:
-        """Give codes that the probe does not use another place; with ``everything``, all of them."""
+        """Give codes that the probe does not use, or that are near another, a new place; or ``everything`` else."""
         weight = module.quantize.embedding.weight
         scenes = sample_scenes(PROBE_PICTURES, self.seed_of(3, step))
         pixels = to_model_range(render(scenes, RESOLUTION)).to(weight.device)
         directions = encode_directions(module, pixels).flatten(0, 2)
         codebook = normalize(weight.float(), dim=1)
-        used = torch.bincount(nearest_code(directions, codebook), minlength=CODES) > 0
-        kept = None if everything else codebook[used]
-        book = spread_codes(directions, CODES, torch.Generator().manual_seed(self.seed_of(4, step)), kept)
+        generator = torch.Generator().manual_seed(self.seed_of(4, step))
         if everything:
-            weight.copy_(book)
-        else:
-            weight[~used] = book[int(used.sum()) :]
+            weight.copy_(spread_codes(directions, CODES, generator, apart=APART))
+            return
+        counts = torch.bincount(nearest_code(directions, codebook), minlength=CODES)
+        kept = separate_codes(codebook, counts, APART)
+        moved = torch.ones(CODES, dtype=torch.bool, device=weight.device).index_fill(0, kept, False)
+        weight[moved] = spread_codes(directions, CODES, generator, codebook[kept], APART)[len(kept) :]
 
     @torch.no_grad()
     def save(self, module: Any, folder: Path) -> None:
@@ -141,6 +152,23 @@ class VqWorld(Recipe):
         metrics["psnr"] = float(np.mean(10 * np.log10(255**2 / np.maximum((error**2).mean(axis=1), 1e-3))))
         accuracy = attribute_accuracy(reconstructed, scenes)
         return metrics | {f"accuracy_{k}": float(v) for k, v in accuracy.items()}
+
+
+def mosaic(pixels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures whose blocks come from the same place of the picture itself or of the one before it in the batch.
+
+    Args:
+        pixels: (pictures, channels, side, side).
+        generator: tosses a coin for every block of BLOCK by BLOCK tokens.
+
+    Returns:
+        Pictures of the same shape, and bool (pictures, GRID, GRID), True where a token's patch is the picture's own.
+    """
+    blocks = torch.rand(len(pixels), GRID // BLOCK, GRID // BLOCK, device=pixels.device, generator=generator) < 0.5
+    own = blocks.repeat_interleave(BLOCK, dim=1).repeat_interleave(BLOCK, dim=2)
+    patch = pixels.shape[-1] // GRID
+    shown = own.repeat_interleave(patch, dim=1).repeat_interleave(patch, dim=2)[:, None]
+    return torch.where(shown, pixels, pixels.roll(1, 0)), own
 
 
 def encode_directions(model: Any, pixels: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def save_checkpoint(folder: Path, step: int, module: torch.nn.Module, *states: Any) -> None:
-    """Write weights and the state of optimizer, schedule and average after ``step`` steps."""
+    """Write weights and the state of optimizers, schedules and average after ``step`` steps."""
     from safetensors.torch import save_model
 
     target = folder / f"{PREFIX}{step:08d}"

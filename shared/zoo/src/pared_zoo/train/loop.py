@@ -17,6 +17,7 @@ from pared_zoo.train.card import write_card
 from pared_zoo.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from pared_zoo.train.history import note_start
 from pared_zoo.train.log import LossLog
+from pared_zoo.train.optimizers import optimizers
 
 CHECKPOINTS_PER_RUN = 40
 GRAD_CLIP = 1.0
@@ -88,11 +89,9 @@ def run(
     if compile:
         module.compile()
     trainable = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
-    learning_rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, schedule, total))
-    objective, optimizer = accelerator.prepare(Objective(recipe_, module), optimizer)
+    steppers = optimizers(recipe_, module)
+    rates = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: _rate(step, schedule, total)) for one in steppers]
+    objective, *steppers = accelerator.prepare(Objective(recipe_, module), *steppers)
     average = EMAModel(
         trainable, decay=schedule.ema_decay, use_ema_warmup=True, inv_gamma=10.0, power=0.9, foreach=True
     )
@@ -101,7 +100,7 @@ def run(
     start = 0
     checkpoint = latest_checkpoint(folder) if resume else None
     if checkpoint is not None:
-        start = load_checkpoint(checkpoint, module, optimizer, learning_rate, average)
+        start = load_checkpoint(checkpoint, module, *steppers, *rates, average)
     facts: dict[str, Any] = {"name": name, "size": size, "seed": seed, "steps": total}
     starts = note_start(folder, start, facts, write=accelerator.is_main_process)
     log = LossLog(folder, start, enabled=accelerator.is_main_process)
@@ -116,15 +115,15 @@ def run(
             terms = objective(batch, generator)
         accelerator.backward(terms["loss"])
         accelerator.clip_grad_norm_(trainable, GRAD_CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        learning_rate.step()
+        for one in (*steppers, *rates):
+            one.step()
+        objective.zero_grad()
         average.step(trainable)
         log.add(step, time.monotonic() - began, terms)
         if (step + 1) % every == 0 or step + 1 == total:
             log.flush()
             if accelerator.is_main_process:
-                save_checkpoint(folder, step + 1, module, optimizer, learning_rate, average)
+                save_checkpoint(folder, step + 1, module, *steppers, *rates, average)
 
     accelerator.wait_for_everyone()
     exported = folder / "export"
