@@ -239,7 +239,7 @@ def mbq_linear_w16(
         blocks = triton.cdiv(rows, constants["BLOCK_ROWS"])
         all_steps = triton.cdiv(columns // 32, constants["BLOCK_PERIODS"])
     else:
-        constants, options = gemm_constants(bits, group_size, many, x.dtype)
+        constants, options = gemm_constants(bits, group_size, many)
         blocks = triton.cdiv(rows, constants["BLOCK_ROWS"]) * triton.cdiv(many, constants["BLOCK_X"])
         all_steps = columns // constants["BLOCK_K"]
     steps, split = split_steps(blocks, all_steps)
