@@ -57,8 +57,9 @@ def test_repeated_runs_give_the_same_bits(backend, many, generator):
 
 
 @pytest.mark.slow
-def test_a_row_of_18944_bfloat16_columns_stays_within_two_thousandths(generator):
-    arguments = w16_cases.draw(1, 18944, 8, 3, 128, False, False, torch.bfloat16, generator)
+@pytest.mark.parametrize("many", [1, 20, 40])
+def test_rows_of_18944_bfloat16_columns_stay_within_two_thousandths(many, generator):
+    arguments = w16_cases.draw(many, 18944, 8, 3, 128, False, False, torch.bfloat16, generator)
     doubled = tuple(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments)
     with pared_kernels.use("reference"):
         expected = mbq_linear_w16(*doubled)

@@ -26,6 +26,7 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "sliding_window": 4}
 WORDS = [f"w{number}" for number in range(50)]
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -67,12 +68,28 @@ def llava_onevision(**options):
     return spread(LlavaOnevisionForConditionalGeneration(config))
 
 
-def qwen3_vl():
+def qwen2_5_vl(**options):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2]}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    config = Qwen2_5_VLConfig(
+        text_config={**TEXT, "rope_parameters": rope, **options},
+        vision_config={**vision, "patch_size": 4, "fullatt_block_indexes": [0]},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=62,
+        vision_end_token_id=63,
+    )
+    return spread(Qwen2_5_VLForConditionalGeneration(config))
+
+
+def qwen3_vl(**options):
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     config = Qwen3VLConfig(
-        text_config={**TEXT, "head_dim": 16, "rope_parameters": rope},
+        text_config={**TEXT, "head_dim": 16, "rope_parameters": rope, **options},
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -91,11 +108,76 @@ def qwen3_vl():
     return spread(Qwen3VLForConditionalGeneration(config))
 
 
-def gemma3():
-    layers = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4}
+def internvl(**options):
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    config = InternVLConfig(
+        text_config={"model_type": "qwen2", **TEXT, **options},
+        vision_config={**VISION, "image_size": [32, 32], "patch_size": [8, 8]},
+        image_seq_length=4,
+        image_token_id=IMAGE,
+    )
+    return spread(InternVLForConditionalGeneration(config))
+
+
+def smolvlm(**options):
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    text = {"model_type": "llama", **TEXT, **options}
+    config = SmolVLMConfig(text_config=text, vision_config=VISION, scale_factor=2, image_token_id=IMAGE)
+    return spread(SmolVLMForConditionalGeneration(config))
+
+
+def llava_next_video(**options):
+    from transformers import LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
+
+    config = LlavaNextVideoConfig(
+        text_config={"model_type": "llama", **TEXT, **options},
+        vision_config={"model_type": "siglip_vision_model", **VISION},
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+    )
+    return spread(LlavaNextVideoForConditionalGeneration(config))
+
+
+def video_llama3(**options):
+    from transformers import VideoLlama3Config, VideoLlama3ForConditionalGeneration
+
+    vision = {key: value for key, value in VISION.items() if key != "image_size"}
+    config = VideoLlama3Config(text_config={"model_type": "qwen2", **TEXT, **options}, vision_config=vision)
+    return spread(VideoLlama3ForConditionalGeneration(config))
+
+
+def gemma3_vl(**options):
+    """With an image of four tokens, which attend to each other in both directions."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    config = Gemma3Config(
+        text_config={**TEXT, "head_dim": 16, "query_pre_attn_scalar": 16, **SLIDING, **options},
+        vision_config=VISION,
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        boi_token_index=62,
+        eoi_token_index=63,
+    )
+    return spread(Gemma3ForConditionalGeneration(config))
+
+
+def gemma3(**options):
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    return spread(Gemma3ForCausalLM(Gemma3TextConfig(**TEXT, head_dim=16, query_pre_attn_scalar=16, **layers)))
+    heads = {"head_dim": 16, "query_pre_attn_scalar": 16}
+    return spread(Gemma3ForCausalLM(Gemma3TextConfig(**{**TEXT, **heads, **SLIDING, **options})))
+
+
+def qwen3_5(**options):
+    """Two layers, the first of linear attention."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    layers = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
+    return spread(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**TEXT, "head_dim": 16, **linear, **layers, **options})))
 
 
 def spread(model):

@@ -68,6 +68,21 @@ def test_quantize_report_and_export_follow_each_other(folder, text, tmp_path):
     assert (tmp_path / "other/tokenizer.json").is_file()
 
 
+def test_quantize_takes_up_what_calibrate_wrote(folder, text, tmp_path):
+    out, options = tmp_path / "packed", ("--group-size", 32, "--calib", text, "--length", 32, "--samples", 1)
+    result = invoke("calibrate", folder, "--out", out, "--method", "awq", *options)
+    assert result.exit_code == 0, result.output
+    assert "8 scales of 2 layers" in result.output
+    assert not (out / "config.json").exists()
+    stored = mbq.MBQResult.load(out / RESULT)
+    stored.groups[0].scale.fill_(7.0)
+    stored.save(out / RESULT)
+    result = invoke("quantize", folder, "--out", out, "--method", "awq", *options)
+    assert result.exit_code == 0, result.output
+    assert mbq.MBQResult.load(out / RESULT).groups[0].scale.eq(7).all()
+    assert mbq.from_pretrained(out).config.quantization_config.config.method == "awq"
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

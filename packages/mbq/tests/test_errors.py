@@ -5,7 +5,7 @@ from __future__ import annotations
 import mbq
 import pytest
 import torch
-from mbq_models import explicit_batches, language_model, qwen2_vl, qwen2_vl_batches, text_batches
+from mbq_models import TEXT, explicit_batches, language_model, qwen2_vl, qwen2_vl_batches, text_batches
 from torch import nn
 
 W3 = {"group_size": 32, "grid": 2}
@@ -15,6 +15,7 @@ W3 = {"group_size": 32, "grid": 2}
     ("options", "field"),
     [
         ({"w_bits": 1}, "w_bits"),
+        ({"w_bits": 9}, "w_bits"),
         ({"a_bits": 4}, "a_bits"),
         ({"group_size": 0}, "group_size"),
         ({"a_bits": 8, "group_size": 64}, "group_size"),
@@ -30,7 +31,9 @@ W3 = {"group_size": 32, "grid": 2}
         ({"method": "gptq", "clip": "search"}, "clip"),
         ({"scale_dtype": "float64"}, "scale_dtype"),
         ({"skip_modules": ("(",)}, "skip_modules"),
+        ({"include_zero": "yes"}, "include_zero"),
         ({"batch_size": 0}, "batch_size"),
+        ({"seed": 0.5}, "seed"),
     ],
 )
 def test_a_wrong_option_is_named(options, field):
@@ -43,6 +46,15 @@ def test_a_configuration_survives_json_and_resolves_its_defaults():
     assert mbq.MBQConfig.from_json(config.to_json()) == config
     assert (config.group_size, config.is_symmetric) == (-1, True)
     assert (mbq.MBQConfig().group_size, mbq.MBQConfig().is_symmetric) == (128, False)
+
+
+def test_the_defaults_are_what_the_paper_publishes_for_three_bits():
+    config = mbq.MBQConfig()
+    assert (config.w_bits, config.a_bits, config.group_size, config.is_symmetric) == (3, 16, 128, False)
+    assert (config.method, config.loss, config.ratio_floor, config.grid) == ("mbq", "mae", "median", 20)
+    assert (config.distort, config.gqa, config.clip, config.skip_modules) == (False, "skip", "none", ("lm_head",))
+    # Unlike theirs: groups of one sign survive, and scales can be stored.
+    assert (config.include_zero, config.scale_dtype) == (True, "float16")
 
 
 def test_missing_answers_are_found_before_any_layer_runs():
@@ -112,6 +124,17 @@ def test_unknown_decoders_and_mixtures_of_experts_are_refused():
     experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "head_dim": 16}
     with pytest.raises(mbq.UnsupportedLayerError, match="mixture of experts"):
         mbq.calibrate(language_model("Qwen3Moe", **experts), text_batches(1), mbq.MBQConfig(**W3))
+
+
+def test_layers_without_values_of_their_own_are_refused():
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    heads = {"head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 32}
+    shared = {"num_kv_shared_layers": 1, "vocab_size_per_layer_input": 64, "num_hidden_layers": 2}
+    layers = {"layer_types": ["full_attention", "full_attention"]}
+    model = Gemma4ForCausalLM(Gemma4TextConfig(**{**TEXT, **heads, **shared, **layers}))
+    with pytest.raises(mbq.UnsupportedLayerError, match=r"layers\.1.*another layer"):
+        mbq.calibrate(model, text_batches(1), mbq.MBQConfig(**W3))
 
 
 def test_parameters_without_data_are_refused():

@@ -81,6 +81,11 @@ def test_a_tiny_scale_does_not_become_zero_in_float16():
     assert F.dequantize_weight(found).isfinite().all()
 
 
+def test_rounded_weights_keep_their_dtype(generator):
+    w = torch.randn(4, 32, generator=generator).bfloat16()
+    assert F.fake_quantize_weight(w, 3, 32).equal(F.fake_quantize_weight(w.float(), 3, 32).bfloat16())
+
+
 def test_one_scale_for_a_row_is_one_group(generator):
     w = torch.randn(4, 24, generator=generator)
     assert F.quantize_weight(w, 4, -1).codes.equal(F.quantize_weight(w, 4, 24).codes)
@@ -137,6 +142,23 @@ def test_the_objective_weighs_modalities_as_the_formulas_say(mode, generator):
     torch.testing.assert_close(plain, error.mean().float())
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"out": torch.zeros(1, 2, 4)}, "out"), ({"mode": "l2"}, "mode"), ({"vision_mask": None}, "weight")],
+)
+def test_wrong_arguments_of_the_objective_are_named(change, named):
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    arguments = {"ref": torch.zeros(1, 2, 3), "out": torch.zeros(1, 2, 3), "answer_mask": mask, "vision_mask": mask}
+    with pytest.raises(ValueError, match=named):
+        F.reconstruction_loss(**(arguments | {"weight": 0.5} | change))
+
+
+def test_smoothing_divides_the_range_of_inputs_among_them_and_the_weight(generator):
+    largest, weight = torch.rand(8, generator=generator) + 0.1, torch.rand(8, generator=generator) + 0.1
+    torch.testing.assert_close(F.smooth_scale(largest, weight), (largest / weight).sqrt())
+    torch.testing.assert_close(F.smooth_scale(largest, weight, 0.8), largest**0.8 / weight**0.2)
+
+
 def test_sensitivity_is_the_mean_gradient_over_masked_positions(generator):
     grad = torch.randn(2, 4, 3, generator=generator)
     mask = torch.tensor([[True, False, True, False], [False] * 4])
@@ -151,6 +173,10 @@ def test_layer_weights_have_the_median_as_floor():
     assert F.layer_weights(vision, answer) == pytest.approx([0.15, 0.2, 0.9, 0.15])
     with pytest.raises(ValueError, match=r"answer\[1\]"):
         F.layer_weights([0.1, 0.1], [1.0, 0.0])
+    with pytest.raises(ValueError, match="floor"):
+        F.layer_weights(vision, answer, "mean")
+    with pytest.raises(ValueError, match="vision has 4 layers"):
+        F.layer_weights(vision, answer[:3])
 
 
 def test_folding_divides_what_comes_before(generator):

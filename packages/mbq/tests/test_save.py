@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -41,15 +42,16 @@ def load_in_a_fresh_process(folder, kind, dtype, out):
 
 
 def test_a_packed_vlm_loads_in_a_fresh_process_that_imported_mbq_alone(tmp_path):
-    model = llava_onevision(num_hidden_layers=2)
+    # Its scales are float16, which loading in bfloat16 must not round.
+    model = llava_onevision(num_hidden_layers=2).to(torch.bfloat16)
     config = mbq.MBQConfig(group_size=32, grid=2)
     mbq.apply(model, config, explicit_batches(model, 1), restore="none")
     model.save_pretrained(tmp_path / "packed")
-    state, theirs = load_in_a_fresh_process(tmp_path / "packed", "vlm", "float32", tmp_path / "state")
+    state, theirs = load_in_a_fresh_process(tmp_path / "packed", "vlm", "bfloat16", tmp_path / "state")
     ours = model.state_dict()
     assert state.keys() == ours.keys()
     assert all(state[name].equal(ours[name]) and state[name].dtype == ours[name].dtype for name in ours)
-    assert theirs.equal(model(IDS).logits)
+    assert theirs.equal(model(IDS).logits.float())
 
 
 WITHOUT = """
@@ -119,6 +121,32 @@ def test_saving_a_loaded_model_again_writes_the_same_bytes(tmp_path):
     first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two"))
     assert first["quantization_config"] == second["quantization_config"]
     assert first["quantization_config"]["quant_method"] == "pared-mbq"
+
+
+def test_a_loaded_model_packs_what_its_configuration_lists_and_is_not_quantised_again(tmp_path):
+    model = language_model(num_hidden_layers=1, tie_word_embeddings=True)
+    mbq.apply(model, mbq.MBQConfig(skip_modules=("lm_head", "k_proj"), **RTN), [], restore="none")
+    model.save_pretrained(tmp_path)
+    loaded = mbq.from_pretrained(tmp_path)
+    packed = [name for name, module in loaded.named_modules() if isinstance(module, mbq.QuantLinear)]
+    assert packed == loaded.config.quantization_config.modules
+    assert len(packed) == 6
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded(IDS).logits.equal(model(IDS).logits)
+    with pytest.raises(mbq.AlreadyQuantizedError, match="already"):
+        mbq.calibrate(loaded, [], mbq.MBQConfig(**RTN))
+
+
+def test_weights_that_are_not_packed_are_not_taken_for_packed_ones(tmp_path):
+    model = language_model(num_hidden_layers=1)
+    model.save_pretrained(tmp_path)
+    wanted = mbq.PackedConfig(mbq.MBQConfig(**RTN).to_dict(), ["model.layers.0.mlp.up_proj"])
+    with pytest.raises(ValueError, match="pre-quantized"):
+        type(model).from_pretrained(tmp_path, quantization_config=wanted)
+
+
+def test_the_method_can_be_registered_again():
+    runpy.run_path(mbq.hf.__file__)
 
 
 def test_a_loaded_model_can_be_dequantised(tmp_path):

@@ -9,6 +9,7 @@ import mbq
 import mbq.functional as F
 import pytest
 import torch
+from mbq.layers import Site
 from mbq_models import explicit_batches, language_model, qwen2_vl, qwen2_vl_batches, qwen3_vl
 
 GRID = 4
@@ -194,10 +195,11 @@ def by_hand(model, batches, config, weights):
         {"w_bits": 3, "group_size": 32, "method": "awq"},
         {"w_bits": 4, "a_bits": 8},
         {"w_bits": 4, "a_bits": 8, "loss": "mse"},
+        {"w_bits": 4, "a_bits": 8, "method": "awq"},
         {"w_bits": 3, "group_size": 32, "distort": True},
         {"w_bits": 4, "a_bits": 8, "distort": True},
     ],
-    ids=["W3 mae", "W3 mse", "W3 awq", "W3 awq mae", "W4A8 mae", "W4A8 mse", "W3 distort", "W4A8 distort"],
+    ids=["W3 mae", "W3 mse", "W3 awq", "W3 awq mae", "W4A8 mae", "W4A8 mse", "W4A8 awq", "W3 distort", "W4A8 distort"],
 )
 def test_scales_losses_and_weights_are_those_of_a_second_implementation(kv_heads, options):
     model = qwen2_vl(num_key_value_heads=kv_heads, num_hidden_layers=2)
@@ -215,6 +217,29 @@ def test_scales_losses_and_weights_are_those_of_a_second_implementation(kv_heads
             assert found == pytest.approx({kind: weights[kind][index] for kind in weights}, rel=1e-6)
     else:
         assert result.weights == [{"attn": None, "mlp": None}] * 2
+
+
+def test_groups_name_their_layers_and_the_operation_before_them():
+    model = qwen2_vl(num_hidden_layers=1)
+    groups = mbq.calibrate(model, qwen2_vl_batches(1), mbq.MBQConfig(group_size=32, grid=2)).groups
+    prefix = "model.language_model.layers.0."
+    found = [(group.prev, *group.linears) for group in groups]
+    assert [[name.removeprefix(prefix) for name in names] for names in found] == [
+        ["input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.v_proj", "self_attn.o_proj"],
+        ["post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.up_proj", "mlp.down_proj"],
+    ]
+    assert [group.kind for group in groups] == ["attn", "attn", "mlp", "mlp"]
+    assert [len(group.scale) for group in groups] == [64, 64, 64, 128]
+    assert all(len(group.losses) == 2 for group in groups)
+
+
+def test_query_heads_that_read_one_value_share_its_scale():
+    site = Site("attn", "v_proj", "rows", ("o_proj",), "o_proj", heads=(2, 2))
+    mean = site.average(torch.arange(8.0))
+    assert mean.tolist() == [1, 2, 1, 2, 5, 6, 5, 6]
+    assert site.shared(mean).tolist() == [1, 2, 5, 6]
 
 
 def test_equal_losses_take_the_smaller_exponent():
@@ -269,13 +294,14 @@ def test_padding_does_not_change_the_result():
 def test_rows_of_a_padded_batch_count_as_samples_of_their_own():
     model = language_model(num_hidden_layers=2)
     torch.manual_seed(1)
-    long, short = torch.randint(3, 60, (1, 9)), torch.randint(3, 60, (1, 6))
+    long, short, other = (torch.randint(3, 60, (1, length)) for length in (9, 6, 6))
     both = torch.cat([long, torch.nn.functional.pad(short, (3, 0), value=1)])
     mask = torch.ones_like(both)
     mask[1, :3] = 0
     config = mbq.MBQConfig(group_size=32, grid=3, method="awq")
-    together = mbq.calibrate(model, [{"input_ids": both, "attention_mask": mask, "labels": both}], config)
-    apart = mbq.calibrate(model, [long, short], config)
+    # A sample that was never padded has no mask, one that was has one.
+    together = mbq.calibrate(model, [{"input_ids": both, "attention_mask": mask, "labels": both}, other], config)
+    apart = mbq.calibrate(model, [long, short, other], config)
     for one, two in zip(together.groups, apart.groups, strict=True):
         torch.testing.assert_close(one.scale, two.scale, rtol=1e-4, atol=1e-5)
         assert one.losses == pytest.approx(two.losses, rel=1e-3)
@@ -344,15 +370,44 @@ def test_clipping_never_raises_the_squared_error_of_a_layer(generator):
     assert (group_errors(clip) <= group_errors(None) * 1.0001).all()
 
 
-def test_token_weights_and_smoothquant_run_through_the_same_path():
-    model = qwen2_vl(num_hidden_layers=2)
-    batches = qwen2_vl_batches(2)
-    token = mbq.calibrate(model, batches, mbq.MBQConfig(group_size=32, grid=3, method="token"))
-    assert len(token.groups) == 8
-    assert token.groups[0].losses[0] > 0
-    smooth = mbq.calibrate(model, batches, mbq.MBQConfig(w_bits=4, a_bits=8, method="smoothquant"))
-    assert not smooth.groups[0].scale.equal(torch.ones(64))
-    assert smooth.groups[1].scale.equal(torch.ones(64))
+def test_errors_can_be_weighed_by_the_gradient_of_each_token():
+    model = language_model(num_hidden_layers=1)
+    (batch,) = explicit_batches(model, 1)
+    projection, seen = model.model.layers[0].self_attn.o_proj, {}
+
+    def keep(module, args, output):
+        seen["x"] = args[0].detach()
+        output.register_hook(lambda grad: seen.__setitem__("grad", grad))
+
+    hook = projection.register_forward_hook(keep)
+    logits = model(inputs_embeds=batch["inputs_embeds"]).logits
+    hook.remove()
+    answer = batch["labels"][0, 1:] != -100
+    torch.nn.functional.cross_entropy(logits[0, :-1][answer], batch["labels"][0, 1:][answer]).backward()
+    model.zero_grad(set_to_none=True)
+    config = mbq.MBQConfig(group_size=32, grid=1, method="token", scale_dtype="float32")
+    group = mbq.calibrate(model, [batch], config).groups[1]
+    with torch.no_grad():
+        error = (seen["x"] @ (projection.weight - rounded(projection.weight, config)).T).abs()
+    expected = (error * seen["grad"].abs().mean(-1, keepdim=True)).mean()
+    assert group.losses == pytest.approx([float(expected)], rel=1e-5)
+
+
+def test_smoothquant_balances_the_largest_inputs_and_weights_of_each_channel():
+    model = language_model(num_hidden_layers=1)
+    batches, seen = explicit_batches(model, 2), []
+    attention = model.model.layers[0].self_attn
+    hook = attention.q_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    for batch in batches:
+        model(inputs_embeds=batch["inputs_embeds"])
+    hook.remove()
+    result = mbq.calibrate(model, batches, mbq.MBQConfig(w_bits=4, a_bits=8, method="smoothquant"))
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    weight = torch.cat([linear.weight.detach() for linear in linears]).abs().amax(0)
+    largest = torch.cat(seen).abs().amax((0, 1))
+    torch.testing.assert_close(result.groups[0].scale, (largest / weight).sqrt())
+    # It smooths what norms hand on, and nothing else.
+    assert result.groups[1].scale.equal(torch.ones(64))
 
 
 def test_without_vision_tokens_it_is_awq_with_an_absolute_error():

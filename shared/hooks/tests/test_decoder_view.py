@@ -176,12 +176,17 @@ def test_sliding_layers_know_their_window():
     assert [layer.sliding_window for layer in view.layers] == [4, None]
 
 
-def test_a_layer_of_linear_attention_has_a_mixer_without_projections():
+def test_a_layer_of_linear_attention_has_projections_of_its_own_kind():
     view = DecoderView.of(tiny.qwen3_5())
     first, second = view.layers
     assert first.layer_type == "linear_attention"
     assert first.attention is first.module.linear_attn
     assert dict(first.projections) == {}
+    mixer = first.attention
+    linears = {module for module in mixer.modules() if isinstance(module, nn.Linear)}
+    assert set(first.linear_projections.values()) == linears
+    assert first.linear_projections["output"] is mixer.out_proj
+    assert dict(second.linear_projections) == {}
     assert sorted(first.norms) == ["attention", "mlp"]
     assert second.attention is second.module.self_attn
     assert "query" in second.norms

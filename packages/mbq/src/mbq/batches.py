@@ -133,14 +133,12 @@ def capture(view: DecoderView, batch: Batch, positions: str = "answer") -> list[
             runner(**inputs, use_cache=False)
     finally:
         patch.remove()
-    tokens = valid.shape[1]
     samples = []
     for row, keep in enumerate(valid):
         if not keep.any():
             continue
         kwargs = {
-            kind: {name: _row(value, row, keep, tokens) for name, value in found.items()}
-            for kind, found in arguments.items()
+            kind: {name: _row(value, row, valid) for name, value in found.items()} for kind, found in arguments.items()
         }
         additions = {index: part[row, keep][None] for index, part in enumerate(seen) if index and part[row].any()}
         samples.append(
@@ -150,13 +148,23 @@ def capture(view: DecoderView, batch: Batch, positions: str = "answer") -> list[
 
 
 def micro_batches(samples: Iterable[Sample], size: int) -> Iterator[list[int]]:
-    """Yield numbers of up to `size` samples that are equally long, in an order that does not depend on `size`."""
-    by_length: dict[int, list[int]] = {}
+    """Yield numbers of up to `size` samples that are equally long, in an order that does not depend on `size`.
+
+    A sample that was padded comes with a mask and one that was not without: they do not run together.
+    """
+    alike: dict[tuple[int, Any], list[int]] = {}
     for index, sample in enumerate(samples):
-        by_length.setdefault(sample.hidden.shape[1], []).append(index)
-    for equal in by_length.values():
+        alike.setdefault((sample.hidden.shape[1], _kinds(sample.arguments)), []).append(index)
+    for equal in alike.values():
         for start in range(0, len(equal), size):
             yield equal[start : start + size]
+
+
+def _kinds(value: Any) -> Any:
+    """Which arguments there are, and of what type."""
+    if isinstance(value, Mapping):
+        return tuple((name, _kinds(part)) for name, part in value.items())
+    return tuple(map(_kinds, value)) if isinstance(value, tuple | list) else type(value)
 
 
 def joined(values: list[Any], tokens: int, device: torch.device) -> Any:
@@ -166,29 +174,34 @@ def joined(values: list[Any], tokens: int, device: torch.device) -> Any:
         return type(first)(joined(list(parts), tokens, device) for parts in zip(*values, strict=True))
     if not isinstance(first, Tensor):
         return first
-    dim = _batch_dim(first, tokens)
+    dim = _batch_dim(first, 1, tokens)
     return (first if dim is None else torch.cat(values, dim)).to(device)
 
 
-def _batch_dim(value: Tensor, tokens: int) -> int | None:
+def _batch_dim(value: Tensor, rows: int, tokens: int) -> int | None:
     """The dimension before the tokens: 0 of masks (B, 1, T, T) and of cos (B, T, D), 1 of cos (3, B, T, D)."""
     if value.dim() == 4 and value.shape[-1] == tokens and value.shape[-2] == tokens:
         return 0
-    return next((dim - 1 for dim in range(1, value.dim()) if value.shape[dim] == tokens), None)
+    shape = value.shape
+    # A batch may have as many rows as tokens.
+    return next(
+        (dim - 1 for dim in range(1, value.dim()) if shape[dim] == tokens and shape[dim - 1] in (1, rows)), None
+    )
 
 
-def _row(value: Any, row: int, keep: Tensor, tokens: int) -> Any:
+def _row(value: Any, row: int, valid: Tensor) -> Any:
     """The part of an argument that belongs to one row of the batch, without its padding, on the CPU."""
     if isinstance(value, tuple | list):
-        return type(value)(_row(part, row, keep, tokens) for part in value)
+        return type(value)(_row(part, row, valid) for part in value)
     if not isinstance(value, Tensor):
         return value
     value = value.cpu()
-    dim = _batch_dim(value, tokens)
+    rows, tokens = valid.shape
+    dim = _batch_dim(value, rows, tokens)
     if dim is None:
         return value
     picked = value.narrow(dim, row if value.shape[dim] > 1 else 0, 1)
-    places = keep.nonzero()[:, 0]
+    places = valid[row].nonzero()[:, 0]
     if value.dim() == 4 and value.shape[-1] == tokens and value.shape[-2] == tokens:
         return picked.index_select(2, places).index_select(3, places)
     return picked.index_select(dim + 1, places)

@@ -125,7 +125,8 @@ def _plan(view: DecoderView, layer: DecoderLayer, config: MBQConfig) -> LayerPla
                 f"{layer.name}.{name} is on the meta device (offloaded?); load the model with its weights on a device"
             )
         owner = layer.module.get_submodule(name.rpartition(".")[0])
-        if parameter.dim() > 1 and not isinstance(owner, nn.Linear):
+        # The convolution of linear attention follows its projections, and stays as it is.
+        if parameter.dim() > 1 and not isinstance(owner, nn.Linear | nn.Conv1d):
             raise UnsupportedLayerError(
                 f"{layer.name}.{name} of {type(owner).__name__} is a weight outside of nn.Linear, which mbq "
                 "does not know"
@@ -141,9 +142,15 @@ def _plan(view: DecoderView, layer: DecoderLayer, config: MBQConfig) -> LayerPla
         for name, module in layer.module.named_modules()
         if isinstance(module, nn.Linear) and not any(one.search(f"{layer.name}.{name}") for one in skipped)
     )
-    readers = [layer.projections[role] for role in ("qkv", "query", "key", "value") if role in layer.projections]
-    value = layer.projections.get("qkv") or layer.projections["value"]
-    output, up = layer.projections["output"], layer.mlp_projections.get("gate_up") or layer.mlp_projections["up"]
+    attention_linears = layer.projections or layer.linear_projections
+    readers = [module for role, module in attention_linears.items() if role != "output"]
+    value = layer.projections.get("qkv") or layer.projections.get("value")
+    if layer.projections and value is None:
+        raise UnsupportedLayerError(
+            f"{layer.name}: {type(layer.attention).__name__} takes its values from another layer, so that no scale can "
+            "be folded into them"
+        )
+    output, up = attention_linears["output"], layer.mlp_projections.get("gate_up") or layer.mlp_projections["up"]
     gates = [layer.mlp_projections[role] for role in ("gate_up", "gate", "up") if role in layer.mlp_projections]
     down = layer.mlp_projections["down"]
     sites: list[Site] = []
@@ -152,7 +159,8 @@ def _plan(view: DecoderView, layer: DecoderLayer, config: MBQConfig) -> LayerPla
         attention = names[id(layer.attention)]
         sites.append(Site("attn", names[id(layer.norms["attention"])], kind, named(readers), attention))
     repeats = view.num_key_value_groups
-    if repeats == 1 or config.gqa == "shared":
+    # What linear attention hands to its output goes through a norm of each head: a scale there cannot be folded.
+    if value is not None and (repeats == 1 or config.gqa == "shared"):
         heads = (view.num_key_value_heads, repeats)
         sites.append(Site("attn", names[id(value)], "rows", named([output]), names[id(output)], heads))
     if "mlp" in layer.norms:

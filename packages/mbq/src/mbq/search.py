@@ -166,7 +166,8 @@ class LayerSearch:
 
         As AWQ does it, on the inputs after scaling; queries and keys stay whole, since their product is not linear.
         """
-        names = [name for name in self.plan.linears if not name.endswith(("q_proj", "k_proj", "qkv_proj"))]
+        products = ("q_proj", "k_proj", "qkv_proj", "in_proj_qkv")
+        names = [name for name in self.plan.linears if not name.endswith(products)]
         folded = folded_state(self.plan, layer.scales)
         parameters = dict(self.plan.module.named_parameters())
         scaled = self.full.run(self.plan, names, {name: value.to(parameters[name]) for name, value in folded.items()})

@@ -19,7 +19,7 @@ class DecoderFamily:
     `attention_norms`/`layer_norms` map a role to the attribute on the attention, on the MLP, and on the attention or
     the layer. A family that fuses projections has a role "qkv" or "gate_up" in place of the separate ones; `optional`
     are the roles that some of its layers lack. `linear_attention` is the attribute in the place of the attention in
-    layers of type "linear_attention".
+    layers of type "linear_attention", and `linear_projections` are the roles of its linear layers.
     """
 
     name: str
@@ -41,6 +41,7 @@ class DecoderFamily:
     rotary: str = "rotary_emb"
     embed: str = "embed_tokens"
     linear_attention: str | None = None
+    linear_projections: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
 
 
@@ -68,6 +69,8 @@ class DecoderLayer:
     layer_type: str
     """ "full_attention", "sliding_attention" and so on, as in `config.layer_types`."""
     sliding_window: int | None
+    linear_projections: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Roles of the linear layers of linear attention: "output", the others read what the layer's norm hands on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +202,7 @@ def _layer(
         norms=norms,
         layer_type=layer_type,
         sliding_window=window if layer_type == "sliding_attention" else None,
+        linear_projections={} if linear is None else _roles(attention, family.linear_projections, family),
     )
 
 

@@ -11,6 +11,13 @@ _FOUR_NORMS = {
     "mlp": "pre_feedforward_layernorm",
     "after_mlp": "post_feedforward_layernorm",
 }
+_DELTA_NET = {
+    "qkv": "in_proj_qkv",
+    "gate": "in_proj_z",
+    "beta": "in_proj_b",
+    "decay": "in_proj_a",
+    "output": "out_proj",
+}
 _NORMS_AFTER = {"after_attention": "post_attention_layernorm", "after_mlp": "post_feedforward_layernorm"}
 
 for _family in (
@@ -33,7 +40,13 @@ for _family in (
     DecoderFamily("qwen2_vl", ("Qwen2VLTextModel",)),
     DecoderFamily("qwen2_5_vl", ("Qwen2_5_VLTextModel",)),
     DecoderFamily("qwen3_vl", ("Qwen3VLTextModel", "Qwen3VLMoeTextModel"), attention_norms=_HEAD_NORMS),
-    DecoderFamily("qwen3_5", ("Qwen3_5TextModel",), attention_norms=_HEAD_NORMS, linear_attention="linear_attn"),
+    DecoderFamily(
+        "qwen3_5",
+        ("Qwen3_5TextModel",),
+        attention_norms=_HEAD_NORMS,
+        linear_attention="linear_attn",
+        linear_projections=_DELTA_NET,
+    ),
     DecoderFamily(
         "gemma4",
         ("Gemma4TextModel",),
