@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import mbq
+import pared_kernels
 import pytest
 import torch
 from mbq_models import explicit_batches, language_model, llava_onevision, qwen2_vl, qwen2_vl_batches
@@ -172,6 +174,63 @@ def test_casting_a_packed_model_keeps_the_dtype_of_its_scales():
     assert model(IDS).logits.dtype == torch.bfloat16
 
 
+def tiled(bits=3, **options):
+    """A packed bfloat16 model, whose weights lie in blocks where the processor has a product for them."""
+    model = language_model(num_hidden_layers=1).to(torch.bfloat16)
+    mbq.apply(model, mbq.MBQConfig(method="rtn", w_bits=bits, group_size=32, **options), [], restore="none")
+    reason = pared_kernels.mbq_tiling_unsupported(64, bits, 32)
+    assert all((layer.steps is None) == (reason is not None) for layer in packed_layers(model))
+    return model
+
+
+def packed_layers(model):
+    return [module for module in model.modules() if isinstance(module, mbq.QuantLinear)]
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@torch.no_grad()
+def test_on_a_processor_bfloat16_layers_compute_what_their_dequantised_weights_do(bits):
+    for layer in packed_layers(tiled(bits)):
+        x = torch.randn(5, layer.in_features).bfloat16()
+        expected = x.double() @ layer.dequantized(torch.float64).T
+        # Scales and results are rounded to bfloat16.
+        assert (layer(x) - expected).abs().max() <= 6e-3 * expected.abs().max()
+        assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@torch.no_grad()
+def test_a_layout_for_the_processor_shows_in_no_state_and_no_other_dtype(bits):
+    model = tiled(bits)
+    wide = language_model(num_hidden_layers=1)
+    mbq.apply(wide, mbq.MBQConfig(method="rtn", w_bits=bits, group_size=32), [], restore="none")
+    logits, keys = model(IDS).logits, list(wide.state_dict())
+    stored = {name: value.clone() for name, value in model.state_dict().items()}
+    assert list(stored) == keys
+    assert all(stored[name].dtype == value.dtype for name, value in wide.state_dict().items() if "weight_" in name)
+    assert stored["model.layers.0.mlp.up_proj.weight_packed"].shape == (128, 2 * bits)
+    for layer in packed_layers(model):
+        assert layer.packed.equal(layer.to(torch.float32).weight_packed)
+        assert layer.steps is None
+        layer.to(torch.bfloat16)
+    assert all(value.equal(stored[name]) for name, value in model.state_dict().items())
+    assert model(IDS).logits.equal(logits)
+    other = tiled(bits)
+    other.load_state_dict(stored)
+    assert other(IDS).logits.equal(logits)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin(IDS).logits.equal(logits)
+    assert all(layer.__getstate__()["_buffers"]["weight_packed"].dtype == torch.int32 for layer in packed_layers(model))
+
+
+def test_a_layout_for_the_processor_takes_hardly_more_than_the_stored_bytes():
+    model = language_model(num_hidden_layers=1, hidden_size=512, intermediate_size=1024).to(torch.bfloat16)
+    mbq.apply(model, mbq.MBQConfig(method="rtn"), [], restore="none")
+    layers = packed_layers(model)
+    resident = sum(value.nbytes for layer in layers for value in layer.buffers())
+    assert resident <= 1.15 * sum(layer.stored_bytes for layer in layers)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"group_size": 32}, {"w_bits": 4, "a_bits": 8}], ids=["W3A16", "W4A8"])
 @torch.no_grad()
@@ -189,11 +248,12 @@ def test_a_decode_step_of_the_whole_model_compiles_into_one_graph(options):
     torch.testing.assert_close(logits[1], logits[0])
 
 
-def test_a_packed_layer_compiles_into_one_graph():
-    model = language_model(num_hidden_layers=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_layer_compiles_into_one_graph(dtype):
+    model = language_model(num_hidden_layers=1).to(dtype)
     mbq.apply(model, mbq.MBQConfig(method="rtn", group_size=32), [], restore="none")
     layer = copy.deepcopy(model.model.layers[0].mlp)
-    x = torch.randn(1, 1, 64)
+    x = torch.randn(1, 1, 64).to(dtype)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), layer(x))

@@ -145,7 +145,7 @@ def gptq_tensors(module: QuantLinear) -> dict[str, Tensor]:
     stored = zeros - 1 if module.symmetric else zeros
     groups = module.in_features // module.group_size
     return {
-        "qweight": module.weight_packed.T.contiguous(),
+        "qweight": module.packed.T.contiguous(),
         "qzeros": pack_dense(stored.contiguous(), module.bits),
         "scales": module.weight_scale.T.contiguous().half(),
         "g_idx": torch.arange(groups, dtype=torch.int32).repeat_interleave(module.group_size),

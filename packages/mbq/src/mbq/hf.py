@@ -72,6 +72,13 @@ class PackedQuantizer(HfQuantizer):
                 device="meta",
             )
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name in self.quantization_config.modules:
+            module = model.get_submodule(name)
+            assert isinstance(module, QuantLinear)
+            module.arrange()
+        return model
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The tensors to save: those of an export, or the model's with the guard."""
         return self.written if self.written is not None else model.state_dict() | self._guard(), {}

@@ -222,7 +222,7 @@ def _swap(layer: nn.Module, name: str, new: nn.Module, restore: Restore, patch: 
 
     def put_back() -> None:
         # The model may have moved meanwhile; the dtype is that of the original weights.
-        parent._modules[child] = old.to(next(iter(new.state_dict().values())).device)
+        parent._modules[child] = old.to(next(iter([*new.buffers(), *new.parameters()])).device)
 
     patch.on_remove(put_back)
 
@@ -252,9 +252,7 @@ def stats_of(plans: list[LayerPlan]) -> dict[str, Any]:
             assert isinstance(rows, int)
             assert isinstance(columns, int)
             count, weights = count + 1, weights + rows * columns
-            # The shape is no part of the weight; a bias stays as it is.
-            tensors = module.state_dict().items()
-            stored += sum(value.nbytes for key, value in tensors if key not in ("bias", "weight_shape"))
+            stored += module.stored_bytes if isinstance(module, QuantLinear) else module.weight.nbytes
     return {
         "layers": len(plans),
         "modules": count,
