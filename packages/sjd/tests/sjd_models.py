@@ -16,6 +16,7 @@ from torch import nn
 
 SIDE = 4
 CODES = 20
+WORDS = 6
 
 
 def lively(model: nn.Module, seed: int, dtype: torch.dtype) -> nn.Module:
@@ -107,8 +108,13 @@ def llamagen(condition: str = "class") -> Any:
 
     return LlamaGenTransformer(
         vocab_size=CODES, hidden_size=32, num_layers=2, num_attention_heads=2, grid_size=SIDE, multiple_of=16,
-        condition=condition, num_classes=5, caption_channels=12, caption_length=6,
+        condition=condition, num_classes=5, caption_channels=12, caption_length=WORDS,
+        prefix_keys=condition == "caption",
     )  # fmt: skip
+
+
+def llamagen_caption() -> Any:
+    return llamagen("caption")
 
 
 def wrapped(original):
@@ -155,15 +161,22 @@ class Family:
             ids[torch.arange(rows), mask.argmax(1)] = 1
         return ids, mask
 
+    def condition(self, rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Classes, or captions of different length, one of them without a word, padded on the left with nonsense."""
+        if self.name == "llamagen":
+            return torch.arange(rows) % 5, None
+        features = torch.randn(rows, WORDS, 12, generator=torch.Generator().manual_seed(6))
+        padding = torch.tensor([3, 0, WORDS, 1, 5, 2, 4])[torch.arange(rows) % 7]
+        return features.to(next(self.model.parameters()).dtype), torch.arange(WORDS) >= padding[:, None]
+
     def generate(self, generate=None, rows: int | None = None, guidance: float | None = None, **options: Any) -> Any:
         """Generated tokens alone (rows, length), by the model's `generate`."""
         call = self.model.generate if generate is None else generate
         rows = self.rows if rows is None else rows
-        if self.name == "llamagen":
-            condition = torch.arange(rows) % 5
+        if self.name.startswith("llamagen"):
             options.pop("custom_generate", None)
             options.pop("sjd_config", None)
-            return call(condition, guidance_scale=1.0 if guidance is None else guidance, **options)
+            return call(*self.condition(rows), guidance_scale=1.0 if guidance is None else guidance, **options)
         ids, mask = self.prompt(rows)
         options.setdefault("do_sample", True)
         options.setdefault("top_k", 0)
@@ -188,10 +201,10 @@ class Family:
         """Logits (rows, n + 1, V) behind the prompt and behind each of `tokens` (rows, n)."""
         rows, count = tokens.shape
         model = self.model
-        if self.name == "llamagen":
-            condition = torch.arange(rows) % 5
+        if self.name.startswith("llamagen"):
+            condition, words = self.condition(rows)
             condition = model.null_condition(condition) if unconditional else condition
-            return model(tokens, condition)
+            return model(tokens, condition, words)
         ids, mask = self.prompt(rows)
         if unconditional and self.name == "janus":
             ids = ids.masked_fill((ids != 1) & (ids != 3), 0)
@@ -265,6 +278,7 @@ BUILDERS = {
     "janus": janus,
     "glm_image": glm_image,
     "llamagen": llamagen,
+    "llamagen_caption": llamagen_caption,
     "llama": llama,
 }
 

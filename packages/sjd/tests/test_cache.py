@@ -72,6 +72,10 @@ def test_the_mask_hides_padding_and_what_comes_later():
         [[True, True, False, False, False, False], [True, True, True, False, False, False]],
         [[False, False, True, True, False, False], [False, False, True, True, True, False]],
     ]
+    cache.lengths = torch.tensor([0, 0])
+    mask = cache.mask(2, torch.tensor([0, 2]), torch.float32)
+    # What stands on padding sees itself alone, and not the mean of all that is there.
+    assert (mask == 0)[1, 0].tolist() == [[True] + [False] * 5, [False, True] + [False] * 4]
 
 
 def test_rows_can_be_dropped(rng):

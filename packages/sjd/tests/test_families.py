@@ -52,7 +52,7 @@ def test_matching_with_three_seeds_and_temperature_and_top_k(name, tiny):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scale", [1.0, 3.0, 7.5])
-@pytest.mark.parametrize("name", ["chameleon", "emu3", "janus", "llamagen"])
+@pytest.mark.parametrize("name", ["chameleon", "emu3", "janus", "llamagen", "llamagen_caption"])
 @torch.no_grad()
 def test_joint_and_sequential_guidance_give_the_same_tokens(name, scale, tiny):
     family = tiny(name)
@@ -181,6 +181,24 @@ def test_rows_that_end_early_leave_the_batch_and_change_nothing(tiny):
         stop = (plain[row] == end).nonzero()
         assert length == (int(stop[0]) + 1 if len(stop) else plain.shape[1])
     assert min(lengths) < max(lengths)
+
+
+@pytest.mark.parametrize("batch", ["joint", "sequential"])
+@torch.no_grad()
+def test_captions_of_different_length_stay_right_when_rows_leave_the_batch(batch, tiny, monkeypatch):
+    from sjd.engine import Engine
+
+    family, rows, shrink = tiny("llamagen_caption"), [], Engine._compact
+
+    def seen(engine):
+        shrink(engine)
+        rows.append(len(engine.alive))
+
+    monkeypatch.setattr(Engine, "_compact", seen)
+    found, _ = drawn(family, 2.0, rows=7, window=4, seed=5, guidance_batch=batch, **MATCH)
+    assert found.equal(family.with_noise(5, rows=7, guidance=2.0))
+    assert rows
+    assert rows[-1] < 4
 
 
 def test_pictures_come_out_of_the_decoders(tiny):

@@ -44,7 +44,8 @@ class RaggedLayer(CacheLayerMixin):
             self.keys[:, :, equal : equal + queries] = key_states
             self.values[:, :, equal : equal + queries] = value_states
         else:
-            row, slot = self.shared.places(queries)
+            # Layers of a model that is spread over devices have their keys where they are.
+            row, slot = (place.to(key_states.device) for place in self.shared.places(queries))
             self.keys[row, :, slot] = key_states.transpose(1, 2)
             self.values[row, :, slot] = value_states.transpose(1, 2)
         visible = self.shared.visible
@@ -67,6 +68,7 @@ class RaggedLayer(CacheLayerMixin):
         if self.is_initialized:
             assert self.keys is not None
             assert self.values is not None
+            indices = indices.to(self.keys.device)
             self.keys, self.values = self.keys[indices], self.values[indices]
 
 
@@ -137,12 +139,14 @@ class RaggedCache(Cache):
         return self.shared.places(queries)[1]
 
     def mask(self, queries: int, padding: Tensor, dtype: torch.dtype) -> Tensor:
-        """Additive mask (rows, 1, queries, shown slots) for the next tokens, `padding` (rows,) hidden on the left."""
-        own = self.next_slots(queries)
+        """Additive mask (rows, 1, queries, shown slots) for the next tokens.
+
+        `padding` (rows,) slots on the left are hidden from all but themselves.
+        """
+        own = self.next_slots(queries)[:, :, None]
         slot = torch.arange(self.shared.visible, device=own.device)
-        hidden = (slot > own[:, :, None]) | (slot < padding[:, None, None])
+        hidden = (slot > own) | ((slot < padding[:, None, None]) & (slot != own))
         mask = torch.zeros(hidden.shape, dtype=dtype, device=own.device)
-        # The smallest number and not -inf: a query that sees nothing, on padding, must not become NaN.
         return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
 
     def select(self, indices: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
 
-from sjd.adapters.base import Adapter, Inputs, Prompt
+from sjd.adapters.base import Adapter, Inputs, Prompt, check_padding
 from sjd.config import SJDConfig
 from sjd.engine import Request
 from sjd.errors import GrammarError
@@ -105,13 +105,6 @@ def decode(
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences)
     return sequences
-
-
-def check_padding(mask: Tensor) -> Tensor:
-    """Return the mask (B, P) bool; raises ValueError unless padding is on the left alone."""
-    if bool((mask[:, 1:] < mask[:, :-1]).any()):
-        raise ConfigError("attention_mask pads on the right or inside; valid: padding on the left", "attention_mask")
-    return mask
 
 
 def resolve_grammar(

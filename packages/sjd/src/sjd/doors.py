@@ -12,14 +12,13 @@ from pared_hooks import ConfigError
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList
 
-from sjd.adapters.base import Inputs, one_size
+from sjd.adapters.base import Inputs, check_padding, one_size
 from sjd.adapters.janus import without_words
 from sjd.adapters.llamagen import LlamaGen
 from sjd.decode import (
     check_config,
     check_generation_mode,
     check_length,
-    check_padding,
     decode,
     processors_of,
     resolve_grammar,
@@ -133,6 +132,10 @@ def _llamagen(
     """`LlamaGenTransformer.generate`: tokens (B, grid cells) for a condition, the null condition guiding."""
     adapter = session.adapter
     assert isinstance(adapter, LlamaGen)
+    if not guidance_scale >= 0:
+        raise ConfigError(f"guidance_scale = {guidance_scale} is not valid: at least 0", "guidance_scale")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p = {top_p} is not valid: above 0, at most 1", "top_p")
     processors = LogitsProcessorList(logits_processor or [])
     processors.extend(processors_of(temperature, top_k, top_p))
     request = llamagen_request(

@@ -242,7 +242,7 @@ class Engine:
             parts = [
                 side.read(embeds, window.committed, visible, self.columns, self.logits, equal) for side in self.sides
             ]
-        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        logits = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device)
         rows = len(window.known)
         conditional, unconditional = logits[:rows], logits[rows:] if len(logits) > rows else None
         allowed = self.request.grammar.allowed if self.columns is None else None

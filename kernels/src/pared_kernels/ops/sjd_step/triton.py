@@ -155,14 +155,14 @@ def commit_kernel(draft_ptr, accepted_ptr, resampled_ptr, fresh_ptr, limit_ptr, 
 
 def constants(columns: int, threshold: bool, maximal: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the constants of the first kernel and its launch options."""
-    block = 1024 if columns <= 16384 else 4096
+    block = 2048 if columns <= 16384 else 4096
     chosen = {
         "HAS_THRESHOLD": threshold,
         "MAXIMAL": maximal,
         "BLOCK": block,
         "BLOCKS": triton.next_power_of_2(triton.cdiv(columns, block)),
     }
-    return chosen, {"num_warps": 4 if block == 1024 else 8, "enable_fp_fusion": True}
+    return chosen, {"num_warps": 8, "enable_fp_fusion": True}
 
 
 def commit_constants(window: int, maximal: bool) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -23,7 +23,6 @@ def threshold_kernel(logits_ptr, out_ptr, columns, k, stride_row, PASSES: tl.con
     prefix = tl.full((), 0, tl.int32)
     wanted = k
     for step in tl.static_range(PASSES):
-        shift: tl.constexpr = 24 - 8 * step
         counts = tl.zeros((512,), tl.int32)
         for start in range(0, columns, BLOCK):
             inside = start + place < columns
@@ -32,11 +31,9 @@ def threshold_kernel(logits_ptr, out_ptr, columns, k, stride_row, PASSES: tl.con
             keys = tl.where(bits < 0, ~bits, bits ^ SIGN)
             if step > 0:
                 # The bytes above must be those that were chosen; the shifted-in sign is masked away.
-                above: tl.constexpr = (1 << (8 * step)) - 1
-                inside = inside & (((keys >> (shift + 8)) & above) == prefix)
-            byte = (keys >> shift) & 255
+                inside = inside & (((keys >> (32 - 8 * step)) & ((1 << (8 * step)) - 1)) == prefix)
             # What does not count goes to the upper half of the histogram.
-            counts += tl.histogram(tl.where(inside, byte, 256), 512)
+            counts += tl.histogram(tl.where(inside, (keys >> (24 - 8 * step)) & 255, 256), 512)
         counts = tl.where(digit < 256, counts, 0)
         greater = tl.sum(counts, 0) - tl.cumsum(counts, 0)
         chosen = (greater < wanted) & (wanted <= greater + counts)

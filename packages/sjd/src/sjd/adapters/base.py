@@ -77,8 +77,10 @@ class Adapter:
 
     @property
     def device(self) -> torch.device:
-        """Where prompts go."""
-        return self.model.device
+        """Where prompts go; of a model whose weights accelerate keeps elsewhere, where it embeds them."""
+        hook = getattr(self.model.get_input_embeddings(), "_hf_hook", None)
+        place = getattr(hook, "execution_device", None)
+        return self.model.device if place is None else torch.device(place)
 
     @property
     def vocabulary(self) -> int:
@@ -141,7 +143,8 @@ class Adapter:
         head = self.head_module
         if columns is None:
             return head(hidden_states)
-        if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        # Whoever hooked or wrapped the layer, such as accelerate to bring its weights, wants to be asked.
+        if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head):
             return head(hidden_states)[..., columns]
         bias = None if head.bias is None else head.bias[columns]
         return nn.functional.linear(hidden_states, head.weight[columns], bias)
@@ -189,6 +192,13 @@ class Adapter:
         Raises `UnsupportedModelError` where no processor draws images.
         """
         raise UnsupportedModelError(f"{type(self.model).__name__}: sjd does not know how its processor asks for images")
+
+
+def check_padding(mask: Tensor, name: str = "attention_mask") -> Tensor:
+    """Return the mask (B, P) bool; raises `ConfigError` naming it unless padding is on the left alone."""
+    if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise ConfigError(f"{name} pads on the right or inside; valid: padding on the left", name)
+    return mask
 
 
 def feature(extras: Mapping[str, Any], name: str = "image") -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pared_hooks import ConfigError
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from sjd.adapters.base import Adapter, Inputs, Phase, Prompt
+from sjd.adapters.base import Adapter, Inputs, Phase, Prompt, check_padding
 from sjd.grammar import ImageGrammar
 
 
@@ -23,6 +24,11 @@ class LlamaGen(Adapter):
 
     def check(self) -> None:
         """Its attention takes any mask and cache."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where conditions go."""
+        return self.model.device
 
     @property
     def vocabulary(self) -> int:
@@ -48,10 +54,20 @@ class LlamaGen(Adapter):
         return self.model.embed_tokens(ids)
 
     def condition(self, condition: Tensor, mask: Tensor | None) -> Prompt:
-        """The prefix of a condition, with `mask` (B, prefix) of its words, padded on the left."""
+        """The prefix of a condition, with `mask` (B, prefix), True at its words, padded on the left.
+
+        Raises `ConfigError` for a mask of another shape, or with padding elsewhere.
+        """
         embeds = self.model.embed_condition(condition)
-        padding = torch.zeros(len(embeds), dtype=torch.int64, device=embeds.device)
-        return Prompt(embeds, padding if mask is None else mask.shape[1] - mask.sum(1).to(padding))
+        shape = tuple(embeds.shape[:2])
+        if mask is None:
+            mask = torch.ones(shape, dtype=torch.bool, device=embeds.device)
+        elif tuple(mask.shape) != shape:
+            raise ConfigError(
+                f"condition_mask of shape {tuple(mask.shape)} is not valid: {shape}", "condition_mask"
+            )  # fmt: skip
+        mask = check_padding(mask.to(embeds.device, torch.bool), "condition_mask")
+        return Prompt(embeds, shape[1] - mask.sum(1))
 
     def trunk(self, inputs_embeds: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
         """Hidden states behind the last norm."""
