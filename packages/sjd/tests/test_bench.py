@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
+import sjd
 import torch
-from sjd.bench import counting, full_size, passes, run, speed
+from sjd.bench import assisted, counting, full_size, passes, quality, run, shapes, speed
 from sjd.bench.world import PLAIN, Arm, Sampling, World
+from sjd.grammar import ImageGrammar
 
 pytest.importorskip("pared_zoo.llamagen")
 
@@ -64,10 +69,49 @@ def test_the_table_of_passes_has_every_arm_and_its_claims(world, context, monkey
     monkeypatch.setattr(passes, "WINDOWS", (16, 32, 64))
     monkeypatch.setattr(passes, "INITS", ("random", "above", "above_sample"))
     records = passes.run(context, world, 3)
-    found = {(r.variant, r.settings["window"]) for r in records if r.metric == "passes per image"}
-    assert {("plain", 0), ("maximal", 32), ("Jacobi", 16), ("gumbel, match", 64)} <= found
+    found = {
+        (r.variant, r.settings["window"], r.settings["init"]): r.value
+        for r in records
+        if r.metric == "passes per image" and r.settings["experiment"] != "passes by sampling"
+    }
+    for window in (16, 32, 64):
+        assert {(rule, window, "auto") for rule in (*passes.RULES, "greedy Jacobi")} <= set(found)
+        assert {("independent", window, "random"), ("maximal", window, "above_sample")} <= set(found)
+    assert max(found.values()) == found["plain", 0, None] == 16
     assert {r.unit for r in records if r.metric == "entropy of what is drawn"} == {"nat"}
+    assert all(0 <= r.value <= 1 for r in records if r.metric == "acceptance")
     assert sum(r.metric == "margin" for r in records) == 9
+
+
+def test_the_claims_need_no_more_than_a_part_of_the_table(world, context):
+    records = passes.run(context, world, 2, passes.essential())
+    assert sum(r.metric == "margin" for r in records) == 9
+    assert set(passes.essential()) <= set(passes.arms())
+
+
+def test_pictures_are_judged_against_plain_sampling_scene_by_scene(world, context, monkeypatch):
+    monkeypatch.setattr(quality, "features", lambda pictures: torch.as_tensor(pictures).float().mean((1, 2)) / 255)
+    arms = (PLAIN, Arm("maximal, 6", 6))
+    records = quality.run(context, world, 6, arms)
+    assert [r.variant for r in records if r.metric == "Frechet distance"] == ["plain", "maximal, 6"]
+    assert {r.metric for r in records if r.unit == "standard errors"} == {
+        "Frechet distance against plain",
+        "attribute accuracy against plain",
+    }
+
+
+def test_a_difference_is_found_where_there_is_one_and_only_there(rng):
+    def judged(shift, offset):
+        noise = 0.1 * torch.randn(200, generator=rng)
+        return quality.Judged(torch.randn(200, 4, generator=rng) + shift, hard + noise + offset)
+
+    hard = torch.rand(200, generator=rng)  # scenes differ much more than arms do
+    reference = torch.randn(200, 4, generator=rng)
+    plain, same, worse = judged(0, 0), judged(0, 0), judged(0.5, -0.05)
+    assert all(abs(one) < 3 for one in quality.differences(same, plain, reference).values())
+    found = quality.differences(worse, plain, reference)
+    assert found["Frechet distance"] > 3
+    assert found["attribute accuracy"] < -3
 
 
 def test_speed_is_measured_in_turns_against_the_models_own_loop(world, context):
@@ -90,39 +134,106 @@ def test_a_pass_that_is_timed_stays_in_its_place(world):
     assert engine.window.committed.equal(before)
 
 
+@pytest.mark.parametrize("name", ["llama", "emu3"])
+def test_assistance_by_ngrams_is_counted_beside_generate_and_sjd(name, context, tiny, monkeypatch):
+    monkeypatch.setattr(assisted, "WINDOWS", (5,))
+    family = tiny(name, torch.float32)
+    ids, mask = family.prompt(1)
+    length = family.grammar.length
+    ours = {"image_grid": (4, 4)} if name == "emu3" else {}
+    task = assisted.Task(name, family.model, [{"input_ids": ids, "attention_mask": mask}] * 2, length, ours)
+    for greedy in (True, False):
+        records = assisted.compare(context, task, greedy, 1)
+        found = {r.variant: r.value for r in records if r.metric == "passes"}
+        assert found["generate"] == length
+        assert 0 < found["n-gram assistance"] <= length
+        assert 0 < found["maximal, 5"] < length
+        assert {r.variant for r in records if r.metric == "speed-up over generate"} == {
+            "n-gram assistance",
+            "maximal, 5",
+        }
+
+
+def test_models_that_are_missing_are_named_and_the_others_measured(context, monkeypatch):
+    def missing(device):
+        raise FileNotFoundError("pared zoo train emu3-world")
+
+    for name in ("emu3_world", "smollm2"):
+        monkeypatch.setattr(assisted, name, missing)
+    records = assisted.run(context, 1)
+    assert [r.value for r in records] == [None, None]
+    assert all("pared zoo train" in r.note for r in records)
+
+
 def test_full_size_says_why_it_is_missing_without_a_gpu(context):
-    (record,) = full_size.run(context, {})
+    (record,) = full_size.run(context, lambda: pytest.fail("nothing is drawn for it"), 2)
     assert record.value is None
     assert "GPU" in record.note
 
 
-def test_full_size_code_runs_on_a_small_shape_with_a_replayed_trace(context, monkeypatch):
-    monkeypatch.setattr(full_size, "WINDOWS", (0, 3))
-    records = full_size.measure(context, full_size.SMALL, {"maximal": [[1, 3, 2], [4]]}, rounds=1)
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 4}  # fmt: skip
+WIDTHS = {"hidden_size": 64, "num_layers": 2, "num_attention_heads": 2, "grid_size": 6}
+SHAPES = (
+    replace(shapes.LUMINA, build=partial(shapes.chameleon, **SMALL, vocab_size=9216), grammar=sjd.lumina_grammar(8, 8)),
+    replace(
+        shapes.EMU3,
+        build=partial(shapes.emu3, **SMALL, vocab_size=1200, pad_token_id=0, bos_token_id=1, eos_token_id=2),
+        grammar=ImageGrammar([(6, 6)], slice(100, 1100), line_end=51, after=(52, 53, 2)),
+    ),
+    replace(
+        shapes.LLAMAGEN,
+        build=partial(
+            shapes.llamagen, hidden_size=64, num_layers=2, num_attention_heads=2, grid_size=6, vocab_size=900
+        ),
+        grammar=ImageGrammar([(6, 6)], slice(0, 900)),
+        batch=2,
+    ),
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_full_size_code_runs_on_a_small_shape_with_a_replayed_trace(shape, context, monkeypatch):
+    monkeypatch.setattr(full_size, "WINDOWS", (0, 3, 15))
+    traces = {("maximal", 3): [[1, 3, 2], [4]], ("maximal", 31): [[9]]}
+    records = full_size.measure(context, replace(shape, dtype=torch.float32), traces, rounds=1)
     rates = {
-        r.settings["acceptance"]: r.settings["tokens per pass"]
+        (r.settings["acceptance"], r.variant): r.settings["tokens per pass"]
         for r in records
-        if r.metric == "time of an image" and r.variant == "maximal, 3"
+        if r.metric == "time of an image" and "acceptance" in r.settings
     }
-    assert rates == {"published": full_size.PUBLISHED["maximal"], "replayed from ar-world": 3.0}
+    # What was counted at one window is not told of another.
+    assert rates == {("published", "independent, 15"): 2.3, ("replayed from ar-world", "maximal, 3"): 3.0}
     assert all(r.settings["weights"] == "random" for r in records)
+    assert {r.metric for r in records if r.variant == "3 drafts"} >= {"time", "forward", "head", "step"}
+
+
+def test_traces_are_what_passes_committed(world, monkeypatch):
+    monkeypatch.setattr(full_size, "WINDOWS", (0, 4))
+    traces = full_size.traces_of(world, 3, 0)
+    assert set(traces) == {("independent", 4), ("maximal", 4)}
+    assert all(sum(image) == 16 for images in traces.values() for image in images)
 
 
 def test_the_count_model_saturates_without_coupling_and_grows_with_it():
-    model = counting.CountModel.of_world(300)
-
-    def mean(refresh, init, window, verify="speculative"):
-        config = Arm("", window, refresh, init, verify).config
-        counts, _ = counting.passes(model, config, 24, 1)
-        return sum(counts) / len(counts)
-
-    narrow, wide = (mean("independent", "above", window) for window in (16, 32))
-    assert narrow < 200
-    assert abs(wide / narrow - 1) < 0.08
-    coupled = mean("maximal", "above", 32)
-    assert coupled < 0.8 * wide
-    assert mean("gumbel", "above", 32, "match") < 0.8 * wide
-    assert mean("maximal", "above", 16) <= mean("maximal", "random", 16)
+    """The table of expected passes as a whole: a world of as many nats a cell as it was made for."""
+    model = counting.CountModel.of_world().heated(1.4)
+    table, entropies = {}, []
+    for name in counting.COLUMNS:
+        for window, (ratios, entropy) in counting.row(model, name, 24, 0).items():
+            table[name, window] = sum(ratios) / len(ratios)
+            entropies.append(entropy)
+    assert all(1.2 < entropy < 1.5 for entropy in entropies)
+    for name in ("independent, random", "independent, left", "independent, above"):
+        assert table[name, 4] < table[name, 16]
+        assert abs(table[name, 32] / table[name, 16] - 1) < 0.08
+        assert table["maximal, above", 32] > 1.4 * table[name, 32]
+    for name in ("maximal, above", "gumbel, left", "gumbel, match, above"):
+        for window in (4, 8, 16):
+            assert table[name, 2 * window] > 1.15 * table[name, window]
+    for window in counting.WINDOWS:
+        assert table["independent, above", window] > 0.98 * table["independent, random", window]
+        assert table["gumbel, match, above", window] < table["maximal, above", window]
 
 
 def test_wrong_experiments_and_counts_are_named(context):

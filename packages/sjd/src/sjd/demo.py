@@ -11,6 +11,7 @@ from pared_bench import DemoContext, DemoResult, Figure, Table
 from torch import Tensor
 
 from sjd.bench.world import GUIDANCE, Arm, Outcome, Sampling, World
+from sjd.config import SJDConfig
 from sjd.engine import Engine
 from sjd.stats import summary
 
@@ -46,13 +47,13 @@ def run(
     for name, value in (("guidance", guidance), ("temperature", temperature)):
         if not value > 0:
             raise ValueError(f"{name}={value!r} must be above 0")
+    SJDConfig(window=window)  # a wrong one stops here
     sampling = Sampling(guidance=guidance, temperature=temperature)
     # The same noise decides what plain decoding and "match" draw: the pictures must be equal.
     plain = Arm("plain decoding", 0, "gumbel", verify="match")
     matched = Arm("same seed, verify='match'", window, "gumbel", verify="match")
     ours = Arm("sjd", window)
     paper = Arm("sjd as in the paper", window, "independent", "random")
-    plain.config, matched.config, ours.config, paper.config  # noqa: B018  (a wrong window stops here)
     images = FULL_IMAGES if context.full else IMAGES
     world = World.load(context.device, images)
     if prompt:

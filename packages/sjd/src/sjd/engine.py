@@ -232,10 +232,15 @@ class Engine:
         )
 
     def _advance(self) -> Tensor:
-        window = self.window
+        """One pass; what it committed (B,), as `Window.advance` returns it."""
+        return self._decide(*self._read())
+
+    def _read(self) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, K, columns) of the window's positions, and those of the unconditional rows of a guided request."""
         if self.passes == 0:
             parts = [side.read_prompt(self.columns) for side in self.sides]
         else:
+            window = self.window
             embeds = self.adapter.embed(window.inputs(), "image")
             visible = None if self.static else self._visible()
             equal = self._equal()
@@ -243,11 +248,14 @@ class Engine:
                 side.read(embeds, window.committed, visible, self.columns, self.logits, equal) for side in self.sides
             ]
         logits = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device)
-        rows = len(window.known)
-        conditional, unconditional = logits[:rows], logits[rows:] if len(logits) > rows else None
+        self.passes += 1
+        rows = len(self.window.known)
+        return logits[:rows], logits[rows:] if len(logits) > rows else None
+
+    def _decide(self, conditional: Tensor, unconditional: Tensor | None) -> Tensor:
+        window = self.window
         allowed = self.request.grammar.allowed if self.columns is None else None
         forced = window.forced()
-        self.passes += 1
         if self.kernels:
             return window.advance(self._guided(conditional, unconditional, allowed))
         target = self.request.processing.target(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 from pared_bench import BenchContext, Record
 
-EXPERIMENTS = ("exactness", "count-model", "passes", "quality", "speed", "full-size")
+from sjd.bench import assisted, counting, exact, full_size, passes, quality, speed
+from sjd.bench.world import World
+
+EXPERIMENTS = ("exactness", "count-model", "passes", "quality", "speed", "assisted", "full-size")
 
 
 def run(
@@ -14,7 +19,7 @@ def run(
     images: int = 16,
     pictures: int = 512,
 ) -> list[Record]:
-    """Measure `experiments` (names joined by commas) on the zoo's ar-world and emu3-world.
+    """Measure `experiments` (names joined by commas) on the zoo's ar-world and emu3-world, and on SmolLM2.
 
     `images` are drawn by every way that passes are counted for, `pictures` by every one whose quality is judged; with
     `--full`, 64 and 2000 unless given. Raises ValueError for an unknown experiment or fewer than two images.
@@ -29,29 +34,22 @@ def run(
         images, pictures = (64 if images == 16 else images), (2000 if pictures == 512 else pictures)
     records: list[Record] = []
     if "exactness" in chosen:
-        from sjd.bench import exact
-
         records += exact.run(context)
     if "count-model" in chosen:
-        from sjd.bench import counting
-
         records += counting.run(context, images)
-    if {"passes", "quality", "speed", "full-size"} & set(chosen):
-        from sjd.bench import full_size, passes, quality, speed
-        from sjd.bench.world import Arm, World
 
-        world = World.load(context.device, max(images, 64))
-        if "passes" in chosen:
-            records += passes.run(context, world, images)
-        if "quality" in chosen:
-            records += quality.run(context, world, pictures)
-        if "speed" in chosen:
-            records += speed.run(context, world)
-        if "full-size" in chosen:
-            arms = {"independent": Arm("independent", 15, "independent", "random"), "maximal": Arm("maximal", 31)}
-            traces = {
-                name: [image.committed for run in world.draw(arm, images, context.seed).runs for image in run.images]
-                for name, arm in arms.items()
-            }
-            records += full_size.run(context, traces)
+    @functools.cache
+    def world() -> World:
+        return World.load(context.device, max(images, 64))
+
+    if "passes" in chosen:
+        records += passes.run(context, world(), images)
+    if "quality" in chosen:
+        records += quality.run(context, world(), pictures)
+    if "speed" in chosen:
+        records += speed.run(context, world())
+    if "assisted" in chosen:
+        records += assisted.run(context, 5 if context.full else 3)
+    if "full-size" in chosen:
+        records += full_size.run(context, world, images)
     return records

@@ -30,6 +30,8 @@ COLUMNS = {
     "gumbel, match, above": ("gumbel", "above", "match"),
 }
 WINDOWS = (4, 8, 16, 32)
+TEMPERATURES = (1.0, 1.4)
+"""The world as it is, where most cells are certain, and one of as many nats a cell as images of real models have."""
 
 
 @dataclass
@@ -53,6 +55,11 @@ class CountModel:
         by_above = by_above / by_above.sum(-1, keepdim=True)
         table = pairs + PRIOR * by_above
         return cls(table / table.sum(-1, keepdim=True))
+
+    def heated(self, temperature: float) -> CountModel:
+        """The same with p ** (1 / temperature), normalised."""
+        table = self.table ** (1 / temperature)
+        return CountModel(table / table.sum(-1, keepdim=True))
 
     def probs(self, known: Tensor, positions: Tensor) -> Tensor:
         """Distributions (rows, width, colours) at these positions, the cells in front taken from `known`."""
@@ -93,26 +100,36 @@ def passes(model: CountModel, config: SJDConfig, images: int, seed: int) -> tupl
 
 
 def run(context: BenchContext, images: int) -> list[Record]:
-    """Ratio of tokens to passes, for every column and window."""
-    model = CountModel.of_world()
+    """Ratio of tokens to passes, for every column, window and temperature."""
+    world = CountModel.of_world()
+    work = [(temperature, name) for temperature in TEMPERATURES for name in COLUMNS]
     records = []
-    for name, (refresh, init, verify) in context.track(COLUMNS.items(), "count model", len(COLUMNS)):
-        for window in WINDOWS:
-            config = SJDConfig.from_dict(
-                {"window": window, "refresh": refresh, "init": init, "verify": verify, "seed": context.seed}
-            )
-            counts, tokens = passes(model, config, images, context.seed)
+    for temperature, name in context.track(work, "count model"):
+        model = world.heated(temperature)
+        for window, (ratios, entropy) in row(model, name, images, context.seed).items():
             settings = {
                 "experiment": "count model",
+                "temperature": temperature,
                 "window": window,
                 "images": images,
-                "entropy of what is drawn": round(model.entropy(tokens), 3),
+                "entropy of what is drawn": round(entropy, 3),
             }
-            ratios = [model.length / count for count in counts]
-            records.append(
-                Record("sjd", name, "tokens per pass", statistics.fmean(ratios), "", settings, samples=images)
-            )
+            mean = statistics.fmean(ratios)
+            records.append(Record("sjd", name, "tokens per pass", mean, "", settings, samples=images))
     return records
+
+
+def row(model: CountModel, name: str, images: int, seed: int) -> dict[int, tuple[list[float], float]]:
+    """By window: tokens per pass of each picture drawn as the column `name` says, and the entropy of what was drawn."""
+    refresh, init, verify = COLUMNS[name]
+    found = {}
+    for window in WINDOWS:
+        config = SJDConfig.from_dict(
+            {"window": window, "refresh": refresh, "init": init, "verify": verify, "seed": seed}
+        )  # fmt: skip
+        counts, tokens = passes(model, config, images, seed)
+        found[window] = [model.length / count for count in counts], model.entropy(tokens)
+    return found
 
 
 def _neighbours(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def _transformers(name: str, prompt: str, guidance: float, top_k: int, device: s
     processor = AutoProcessor.from_pretrained(name)
     _, adapter = target_of(model)
     made = adapter.inputs_for(processor, [prompt or "a lighthouse at dusk"])
-    inputs = {key: one.to(device) if isinstance(one, Tensor) else one for key, one in made.items()}
+    inputs: dict[str, Any] = {key: one.to(device) if isinstance(one, Tensor) else one for key, one in made.items()}
     ids = inputs["input_ids"]
     asked = Inputs(ids, torch.ones_like(ids, dtype=torch.bool), inputs, inputs.pop("image_grid", None))
     grammar = adapter.grammar(asked)

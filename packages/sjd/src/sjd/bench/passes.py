@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import replace
 
 from pared_bench import BenchContext, Record
 from pared_bench.quality import bootstrap
@@ -12,7 +13,7 @@ from pared_bench.quality import bootstrap
 from sjd.bench.world import PLAIN, Arm, Outcome, Sampling, World
 from sjd.stats import summary
 
-WINDOWS = (4, 8, 16, 32, 64)
+WINDOWS = (1, 4, 8, 16, 32, 64)
 USUAL = 16
 RULES = {
     "Jacobi": Arm("Jacobi", jacobi=True),
@@ -21,6 +22,7 @@ RULES = {
     "gumbel": Arm("gumbel", refresh="gumbel"),
     "gumbel, match": Arm("gumbel, match", refresh="gumbel", verify="match"),
 }
+COMPARED = ("independent", "maximal")
 INITS = ("random", "uniform", "left", "above", "left_sample", "above_sample", "auto")
 SWEEP = (
     Sampling(guidance=1.0),
@@ -30,49 +32,67 @@ SWEEP = (
     Sampling(temperature=1.3),
     Sampling(top_k=100),
     Sampling(top_k=20),
-    Sampling(greedy=True),
 )
+Job = tuple[Arm, Sampling]
 
 
-def arms() -> Iterator[tuple[Arm, Sampling]]:
-    """Every arm that is measured, with its sampling."""
+def arms() -> list[Job]:
+    """Everything that is measured: rules by window, first guesses by window, sampling, and greedy decoding."""
+    usual, greedy = Sampling(), Sampling(greedy=True)
+    jobs = [(PLAIN, usual), (PLAIN, greedy)]
+    for window in WINDOWS:
+        jobs += [(_sized(rule, window), usual) for rule in RULES]
+        # Comparing with argmax p is Jacobi decoding as it was first published, whatever the rule.
+        jobs.append((Arm("greedy Jacobi", window), greedy))
+        # "auto" is what the rules above use.
+        jobs += [(_sized(rule, window, init), usual) for rule in COMPARED for init in INITS if init != "auto"]
+    jobs += [(_sized(rule, USUAL), sampling) for rule in COMPARED for sampling in SWEEP]
+    return jobs
+
+
+def essential() -> list[Job]:
+    """What the claims are about, a part of `arms`."""
     usual = Sampling()
-    yield PLAIN, usual
-    for window in (1, *WINDOWS):
-        for name, arm in RULES.items():
-            yield _sized(arm, name, window), usual
-    for init in INITS:
-        for name in ("independent", "maximal"):
-            # "auto" is what the rules above use.
-            if init != "auto":
-                yield _sized(RULES[name], name, USUAL, init), usual
-    for sampling in SWEEP:
-        yield _sized(RULES["independent"], "independent", USUAL), sampling
-        yield _sized(RULES["maximal"], "maximal", USUAL), sampling
+    jobs = [(PLAIN, usual), (_sized("Jacobi", USUAL), usual)]
+    jobs += [(_sized(rule, window), usual) for rule in COMPARED for window in (USUAL, 32, 64)]
+    jobs += [(_sized("maximal", USUAL, init), usual) for init in ("random", "above")]
+    others = [Sampling(guidance=scale) for scale in (1.0, 3.0, 7.5)]
+    return jobs + [(_sized("maximal", USUAL), one) for one in (*others, Sampling(temperature=0.7), Sampling(top_k=20))]
 
 
-def run(context: BenchContext, world: World, images: int) -> list[Record]:
-    """Passes, tokens a pass, acceptance and survival of drafts; then what was expected of them, as margins."""
+def run(context: BenchContext, world: World, images: int, jobs: Sequence[Job] | None = None) -> list[Record]:
+    """Passes, tokens a pass, acceptance and survival of drafts; then what was expected of them, as margins.
+
+    `jobs` holds `essential()`; None is `arms()`.
+    """
     records: list[Record] = []
     entropies: dict[Sampling, float] = {}
     found: dict[tuple[str, int, str, Sampling], Outcome] = {}
-    for arm, sampling in context.track(list(arms()), "counting passes"):
+    for arm, sampling in context.track(arms() if jobs is None else jobs, "counting passes"):
         outcome = world.draw(arm, images, context.seed, sampling)
         if sampling not in entropies:
-            entropies[sampling] = world.entropy(outcome.tokens, sampling)
+            entropies[sampling] = 0.0 if sampling.greedy else world.entropy(outcome.tokens, sampling)
         found[(arm.name, arm.window, arm.init, sampling)] = outcome
         records += _records(outcome, sampling, entropies[sampling])
     return records + claims(found)
 
 
-def _sized(arm: Arm, name: str, window: int, init: str = "auto") -> Arm:
-    return Arm(name, window, arm.refresh, init, arm.verify, arm.jacobi)
+def _sized(rule: str, window: int, init: str = "auto") -> Arm:
+    return replace(RULES[rule], window=window, init=init)
+
+
+def _experiment(arm: Arm, sampling: Sampling) -> str:
+    if sampling.greedy:
+        return "passes, greedy"
+    if sampling != Sampling():
+        return "passes by sampling"
+    return "passes by rule" if arm.init == "auto" else "passes by first guess"
 
 
 def _records(outcome: Outcome, sampling: Sampling, entropy: float) -> list[Record]:
     arm = outcome.arm
     settings = {
-        "experiment": "passes",
+        "experiment": _experiment(arm, sampling),
         "model": "ar-world",
         "window": arm.window,
         "init": arm.init if arm.window else None,
@@ -81,12 +101,17 @@ def _records(outcome: Outcome, sampling: Sampling, entropy: float) -> list[Recor
         "images": len(outcome.tokens),
     }
     found = summary(outcome.runs)
+    tested, accepted = (
+        sum(sum(image.tested()[which]) for run in outcome.runs for image in run.images) for which in (0, 1)
+    )
     spread = bootstrap(lambda values: sum(values) / len(values), [float(one) for one in outcome.passes])
     mean = statistics.fmean(outcome.passes)
     values: dict[str, float | None] = {
         "tokens per pass": outcome.tokens.shape[1] / mean,
+        "acceptance": accepted / tested if tested else None,
         "acceptance of the first draft": next(iter(found["acceptance"]), None),
         "survival of drafts": found["survival"],
+        "passes that commit one token": found["committed"].get(1, 0) / max(sum(found["committed"].values()), 1),
         "entropy of what is drawn": entropy,
         "seconds": outcome.seconds,
     }

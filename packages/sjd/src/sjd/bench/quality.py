@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,19 +17,36 @@ REFERENCE_SEED = 30_000
 STAGE = 3
 """Stage of EfficientNet-Lite0 whose pooled channels the Frechet distance compares."""
 BATCH = 64
+RESAMPLES = 50
+AGAIN = Arm("plain, another seed")
+"""What differs from plain sampling by chance alone."""
+LOSSY = Arm("relax 0.2, maximal, 16", 16, relax=0.2)
+"""What must be told apart, or nothing is shown by what is not."""
 ARMS = (
     PLAIN,
+    AGAIN,
     Arm("independent, 16", 16, "independent", "random"),
     Arm("maximal, 16", 16),
     Arm("maximal, 32", 32),
     Arm("gumbel, 16", 16, "gumbel"),
     Arm("gumbel, match, 16", 16, "gumbel", verify="match"),
-    Arm("relax 0.2, maximal, 16", 16, relax=0.2),
+    LOSSY,
 )
 
 
-def run(context: BenchContext, world: World, images: int) -> list[Record]:
-    """Each arm against rendered scenes and against plain sampling with another seed; differences in standard errors."""
+@dataclass
+class Judged:
+    """Features (images, channels) of an arm's pictures, and the share of attributes found in each (images,)."""
+
+    features: Tensor
+    right: Tensor
+
+
+def run(context: BenchContext, world: World, images: int, arms: Sequence[Arm] = ARMS) -> list[Record]:
+    """Each arm against rendered scenes; then its difference to plain sampling, the first arm, in standard errors.
+
+    Pictures of the same scene are compared with each other: scenes are resampled, and arms with them.
+    """
     from pared_zoo.recipes.sd_world import RESOLUTION, SCENES
     from pared_zoo.world import render, sample_scenes
 
@@ -35,31 +54,48 @@ def run(context: BenchContext, world: World, images: int) -> list[Record]:
     reference = features(render(sample_scenes(images, REFERENCE_SEED, SCENES), RESOLUTION))
     settings = {"experiment": "quality", "model": "ar-world", "images": images}
     records: list[Record] = []
-    plain: tuple[float, float, float, float] | None = None
-    for number, arm in enumerate(context.track(ARMS, "drawing")):
-        tokens = world.draw(arm, images, context.seed + 1 + number, batch=BATCH).tokens
-        pictures = world.pictures(tokens)
-        found = features((pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
-        distance = frechet_distance(found, reference)
-        spread = bootstrap(lambda rows: frechet_distance(rows, reference), found, resamples=50)
-        right = _accuracies(pictures, scenes)
-        accuracy = float(right.mean())
-        error = float(right.std() / len(right) ** 0.5)
-        for metric, value, low, high in (
-            ("Frechet distance", distance, spread.low, spread.high),
-            ("attribute accuracy", accuracy, accuracy - 1.96 * error, accuracy + 1.96 * error),
-        ):
+    plain: Judged | None = None
+    for number, arm in enumerate(context.track(arms, "drawing")):
+        pictures = world.pictures(world.draw(arm, images, context.seed + 1 + number, batch=BATCH).tokens)
+        found = Judged(
+            features((pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()),
+            _accuracies(pictures, scenes),
+        )
+        plain = found if plain is None else plain
+        for metric, value, low, high in _levels(found, reference):
             records.append(Record("sjd", arm.name, metric, value, "", settings, (low, high), images))
-        if plain is None:
-            plain = (distance, spread.standard_error, accuracy, error)
-            continue
-        for metric, value, base, first, second in (
-            ("Frechet distance against plain", distance, plain[0], spread.standard_error, plain[1]),
-            ("attribute accuracy against plain", accuracy, plain[2], error, plain[3]),
-        ):
-            deviation = (value - base) / max((first**2 + second**2) ** 0.5, 1e-12)
-            records.append(Record("sjd", arm.name, metric, deviation, "standard errors", settings, samples=images))
+        if found is not plain:
+            for metric, value in differences(found, plain, reference).items():
+                name = f"{metric} against plain"
+                records.append(Record("sjd", arm.name, name, value, "standard errors", settings, samples=images))
     return records
+
+
+def differences(found: Judged, plain: Judged, reference: Tensor) -> dict[str, float]:
+    """Frechet distance and attribute accuracy of an arm minus those of plain sampling, in standard errors."""
+
+    def distance(rows: Sequence[int]) -> float:
+        first, second = (frechet_distance(one.features[list(rows)], reference) for one in (found, plain))
+        return first - second
+
+    every = range(len(found.features))
+    error = bootstrap(distance, list(every), resamples=RESAMPLES).standard_error
+    more = found.right - plain.right
+    return {
+        "Frechet distance": distance(every) / max(error, 1e-12),
+        "attribute accuracy": float(more.mean() / (more.std() / len(more) ** 0.5).clamp(min=1e-12)),
+    }
+
+
+def _levels(found: Judged, reference: Tensor) -> list[tuple[str, float, float, float]]:
+    """Each metric with its value and interval."""
+    spread = bootstrap(lambda rows: frechet_distance(rows, reference), found.features, resamples=RESAMPLES)
+    accuracy = float(found.right.mean())
+    error = 1.96 * float(found.right.std()) / len(found.right) ** 0.5
+    return [
+        ("Frechet distance", frechet_distance(found.features, reference), spread.low, spread.high),
+        ("attribute accuracy", accuracy, accuracy - error, accuracy + error),
+    ]
 
 
 def features(pictures: Any) -> Tensor:

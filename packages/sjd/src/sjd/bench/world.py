@@ -112,6 +112,11 @@ class World:
         scenes = held_out_scenes(images)
         return cls(pipeline, [caption(scene) for scene in scenes], scenes)
 
+    def condition(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """What the model reads of captions, and which of its places hold words, None for all of them."""
+        condition, mask = self.pipeline.encode_prompt(list(captions))
+        return condition, None if bool(mask.all()) else mask
+
     def pictures(self, tokens: Tensor) -> Tensor:
         """Pictures (images, 3, height, width) in 0..1."""
         return torch.cat([self.pipeline.decode_tokens(block) for block in tokens.split(64)])
@@ -141,11 +146,9 @@ class World:
 
     def engine(self, arm: Arm, captions: Sequence[str], sampling: Sampling, seed: int) -> Engine:
         """A generation that has not begun."""
-        condition, mask = self.pipeline.encode_prompt(list(captions))
         request = llamagen_request(
             self.adapter,
-            condition,
-            None if mask is None or bool(mask.all()) else mask,
+            *self.condition(captions),
             sampling.processing(),
             guidance_scale=sampling.guidance,
             do_sample=not sampling.greedy,
@@ -162,7 +165,7 @@ class World:
         for start in range(0, len(tokens), BATCH):
             block = tokens[start : start + BATCH]
             captions = [self.captions[i % len(self.captions)] for i in range(start, start + len(block))]
-            condition, mask = self.pipeline.encode_prompt(captions)
+            condition, mask = self.condition(captions)
             conditional = model(block[:, :-1], condition, mask)
             guided = sampling.guidance != 1
             other = model(block[:, :-1], model.null_condition(condition), mask) if guided else None
