@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import sjd
 import torch
 from pared_hooks import ConfigError, UnsupportedModelError
+from sjd.engine import Engine
 
 
 def generate(model, ids, config=None, tokens=16, **options):
@@ -134,7 +138,7 @@ def test_both_numbers_are_named_when_an_answer_does_not_fit(llama, tiny):
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("cache", ["ragged", "dynamic"])
 @pytest.mark.parametrize("do_sample", [True, False])
-def test_logits_that_are_not_finite_are_an_error_with_row_and_position(value, cache, do_sample, llama):
+def test_logits_that_are_not_finite_are_an_error_with_row_and_position(value, cache, do_sample, llama, monkeypatch):
     """From position 4 of the answer on, the head gives nothing."""
     ids, _ = llama.prompt(1)
     reached = []
@@ -147,24 +151,46 @@ def test_logits_that_are_not_finite_are_an_error_with_row_and_position(value, ca
         return output
 
     hook = llama.model.register_forward_hook(broken, with_kwargs=True)
+    engines = []
+    make = Engine.__init__
+
+    def watched(self, *args, **kwargs):
+        engines.append(self)
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "__init__", watched)
     try:
         with pytest.raises(RuntimeError, match="row 0 at position 4"):
             generate(llama.model, ids, sjd.SJDConfig(window=3, cache=cache), do_sample=do_sample,
                      top_k=0 if do_sample else None)  # fmt: skip
     finally:
         hook.remove()
+    # The last of the four tokens that are final was not read yet.
+    (side,) = engines[0].sides
+    assert side.rows.lengths.tolist() == [5 + 3]
+    assert side.cache.get_seq_length() == 5 + 3
     assert generate(llama.model, ids).shape == (1, 21)
 
 
 def test_an_error_inside_a_pass_leaves_model_and_handle_usable(llama):
+    buffers = []
+
     def fails(module, args, kwargs):
-        raise KeyboardInterrupt
+        buffers.append(weakref.ref(kwargs["past_key_values"]))
+        if len(buffers) == 3:
+            raise KeyboardInterrupt
 
     with sjd.applied(llama.model, sjd.SJDConfig(window=3)) as handle:
         hook = llama.model.register_forward_pre_hook(fails, with_kwargs=True)
-        with pytest.raises(KeyboardInterrupt):
+        interrupted = False
+        try:
             llama.generate()
+        except KeyboardInterrupt:
+            interrupted = True
         hook.remove()
+        assert interrupted
+        gc.collect()
+        assert [one() for one in buffers] == [None] * 3
         assert llama.generate().shape == (2, 24)
         assert handle.stats()["requests"] == 1
     assert "generate" not in vars(llama.model)
@@ -192,6 +218,10 @@ def test_unknown_models_and_attention_that_cannot_roll_back_are_refused():
     with pytest.raises(UnsupportedModelError, match="T5"):
         sjd.apply(encoder)
     model = Qwen2ForCausalLM(Qwen2Config(**small))
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(UnsupportedModelError, match="linear_attention"):
+        sjd.apply(model)
+    model.config.layer_types = ["full_attention"] * 2
     model.config._attn_implementation_internal = "flex_attention"
     with pytest.raises(UnsupportedModelError, match="flex_attention"):
         sjd.apply(model)
@@ -206,6 +236,10 @@ def test_caches_that_hold_tokens_or_are_quantised_are_refused(llama):
     llama.model(ids[:, :2], past_key_values=held)
     with pytest.raises(ConfigError, match="past_key_values"):
         generate(llama.model, ids, past_key_values=held)
+    # Making a true one needs a library of quantised numbers.
+    quantised = type("QuantizedCache", (DynamicCache,), {})()
+    with pytest.raises(ConfigError, match="quantised"):
+        generate(llama.model, ids, past_key_values=quantised)
 
 
 def test_scores_embeddings_and_streamers_of_batches_are_refused(llama):
@@ -255,6 +289,26 @@ def test_a_window_that_takes_much_memory_is_named_with_one_that_fits(monkeypatch
     monkeypatch.setattr(memory, "free_memory", lambda device: 100 * 2**20)
     with pytest.warns(UserWarning, match="window=100 fits"):
         memory.warn_if_large(1, 400, 2**16, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"condition_mask": torch.ones(2, 5, dtype=torch.bool)}, r"condition_mask .*\(2, 6\)"),
+        ({"condition_mask": torch.arange(6).expand(2, -1) < 4}, "condition_mask pads on the right"),
+        ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+    ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
+)
+def test_conditions_and_sampling_of_a_transformer_that_is_no_model_of_transformers_are_checked(options, named, tiny):
+    family = tiny("llamagen_caption", torch.float32)
+    condition, mask = family.condition(2)
+    with sjd.applied(family.model), pytest.raises(ValueError, match=named):
+        family.model.generate(condition, **{"condition_mask": mask, **options})
 
 
 def test_a_config_or_grammar_that_is_none_is_refused(llama):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 
 import pytest
 import torch
+from pared_kernels import philox
 from sjd.errors import GrammarError
 from sjd.functional import (
     accept_lengths,
@@ -53,7 +55,13 @@ def test_a_draft_that_q_excludes_passes_where_p_does_not_exclude_it():
     q = torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]])
     p = torch.tensor([[[0.5, 0.5]], [[0.0, 1.0]]])
     drafts = torch.zeros(2, 1, dtype=torch.int64)
-    assert accept_lengths(drafts, q, p, torch.full((2, 1), 0.999)).tolist() == [1, 0]
+    u = torch.full((2, 1), 0.999)
+    with pytest.warns(RuntimeWarning, match="draft 0 of row 0"):
+        assert accept_lengths(drafts, q, p, u).tolist() == [1, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # What is not tested need not have been drawn from anything.
+        assert accept_lengths(drafts, q, p, u, valid=torch.zeros(2, 1, dtype=torch.bool)).tolist() == [0, 0]
 
 
 def test_the_test_is_strict():
@@ -106,10 +114,16 @@ def test_noise_comes_from_the_published_vectors_of_philox():
 
     zero = gumbel(0, torch.zeros(1).long(), torch.zeros(1, 1).long(), 4, dtype=F64)
     assert zero.flatten().tolist() == pytest.approx(noise_of((0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)))
-    # Counters that a token has: v >> 2 of all bits is out of reach, so this vector is checked in the kernels.
-    seed = (0x299F31D0 << 32) | 0xA4093822
-    rows, positions = torch.tensor([0x13198A2E]), torch.tensor([[0x85A308D3]])
-    assert gumbel(seed, rows, positions, 6, stream=0x03707344).shape == (1, 1, 6)
+    # The other vectors have counters of tokens far behind any vocabulary; `philox.gumbel` begins where it is told.
+    far = (
+        (2**64 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1, 2**32 - 1, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (0x299F31D0A4093822, 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344,
+         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    )  # fmt: skip
+    for seed, block, position, row, stream, words in far:
+        place = torch.tensor([row]), torch.tensor([[position]])
+        noise = philox.gumbel(seed, *place, 4, stream, F64, first=block << 2)
+        assert noise.flatten().tolist() == pytest.approx(noise_of(words))
 
 
 def test_noise_depends_on_seed_row_position_token_and_stream_alone():
@@ -347,6 +361,20 @@ def test_sampled_schemes_draw_from_the_neighbours_law_and_say_so(rng):
     torch.testing.assert_close(laws[0, 3], torch.full((10,), 0.1, dtype=F64))
     share = torch.bincount(drafts[:, 1] - 10, minlength=10) / 4000
     assert (share - law).abs().max() < 5 * (0.25 / 4000) ** 0.5
+
+
+def test_a_uniform_guess_passes_as_often_as_p_overlaps_with_it_and_a_random_one_once_in_all_tokens(rng):
+    p = normal(rng, 10)
+    rows = 40_000
+    drafts, _ = initial_drafts(
+        torch.zeros(rows, 40).long(), torch.zeros(rows).long(), 1, GRID, scheme="uniform", generator=rng
+    )
+    drafts, u = drafts - 10, torch.rand(rows, 1, generator=rng, dtype=F64)
+    flat = torch.full((10,), 0.1, dtype=F64)
+    certain = torch.zeros(rows, 1, 10, dtype=F64).scatter_(-1, drafts[..., None], 1.0)
+    for law, expected in ((flat.expand(rows, 1, -1), float(expected_ratio(p, flat))), (certain, 0.1)):
+        share = float(accept_lengths(drafts, law, p.expand(rows, 1, -1), u).double().mean())
+        assert abs(share - expected) < 5 * (0.25 / rows) ** 0.5
 
 
 def test_text_takes_random_uniform_and_the_last_token(rng):

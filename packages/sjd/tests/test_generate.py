@@ -55,7 +55,6 @@ def test_removing_restores_generate_and_every_bit(name, tiny):
     family = tiny(name, torch.float32)
     model = family.model
     keys = list(model.state_dict())
-    before = dict(vars(model))
 
     # Without guidance transformers' own Janus fails: it doubles the rows all the same.
     guidance = 2.0 if name == "janus" else None
@@ -69,6 +68,8 @@ def test_removing_restores_generate_and_every_bit(name, tiny):
 
     with torch.no_grad():
         tokens, values = (plain() if name != "chameleon" else None), logits()
+        # transformers' own Janus notes something on itself.
+        before = dict(vars(model))
         handle = sjd.apply(model, sjd.SJDConfig(window=5))
         assert "generate" in vars(model)
         family.generate(guidance=guidance)
@@ -292,6 +293,18 @@ def test_a_streamer_gets_the_final_tokens_in_order(tiny):
     assert streamer.ended == 1
 
 
+def test_nothing_behind_an_end_token_is_streamed(llama):
+    ids, _ = llama.prompt(1)
+    plain = llama.model.generate(ids, max_new_tokens=20, do_sample=False)
+    end, streamer = int(plain[0, 5 + 7]), Collects()
+    out = generate(llama.model, ids, sjd.SJDConfig(window=9), 20, do_sample=False, top_k=None, eos_token_id=[end],
+                   pad_token_id=0, token_streamer=streamer)  # fmt: skip
+    assert out.shape[1] < 25
+    assert streamer.tokens == out[0, 5:].tolist()
+    assert streamer.tokens[-1] == end
+    assert streamer.ended == 1
+
+
 def test_a_callback_sees_the_picture_fill_in(tiny):
     family = tiny("emu3", torch.float32)
     seen = []
@@ -393,6 +406,70 @@ def test_prompts_to_pictures_in_one_call(tiny):
     assert [image.size for image in images] == [(8, 8), (8, 8)]
     again = sjd.generate_images(family.model, processor, ["a", "b"], sjd.SJDConfig(window=5), guidance_scale=2.0)
     assert [one.tobytes() for one in images] == [one.tobytes() for one in again]
+
+
+def test_prompts_to_pictures_with_a_door_of_its_own(tiny):
+    family = tiny("janus", torch.float32)
+
+    def processor(text, generation_mode, **options):
+        assert generation_mode == "image"
+        ids, mask = family.prompt(len(text))
+        return {"input_ids": ids, "attention_mask": mask}
+
+    images = sjd.generate_images(family.model, processor, ["a", "b"], sjd.SJDConfig(window=5), guidance_scale=2.0)
+    assert len(images) == 2
+    assert images[0].size == images[1].size
+
+
+def test_captions_keep_their_padding_on_every_way_to_a_picture():
+    llamagen = pytest.importorskip("pared_zoo.llamagen")
+    from pared_zoo.recipes.reading import caption_encoder
+    from pared_zoo.recipes.tokenizer import world_tokenizer
+    from sjd.bench.world import Arm, Sampling, World
+    from sjd.images import pictures
+    from sjd_models import lively, llamagen_caption, wrapped
+
+    tokenizer = world_tokenizer(32)
+    vq = SimpleNamespace(decode=lambda tokens: (tokens[:, None].float() / 10 - 1).repeat(1, 3, 2, 2))
+    pipe = SimpleNamespace(
+        transformer=lively(wrapped(llamagen_caption), 3, torch.float32),
+        text_encoder=lively(caption_encoder(tokenizer, 12, 1), 4, torch.float32),
+        tokenizer=tokenizer,
+        vqmodel=vq,
+    )
+    for name in ("encode_prompt", "decode_tokens"):
+        setattr(pipe, name, getattr(llamagen.LlamaGenPipeline, name).__get__(pipe))
+    prompts = ["red", "", "a red circle", "two"]
+    condition, mask = pipe.encode_prompt(prompts)
+    assert len(set(mask.sum(1).tolist())) > 1
+    options = {"guidance_scale": 2.0, "top_k": 1}
+    plain = pipe.transformer.generate(condition, mask, **options)
+    unmasked = pipe.transformer.generate(condition, **options)
+    assert not unmasked.equal(plain)
+    drawn = World(pipe, prompts).draw(Arm("maximal", 5), 4, 0, Sampling(greedy=True, guidance=2.0))
+    assert drawn.tokens.equal(plain)
+    with sjd.applied(pipe, sjd.SJDConfig(window=5)):
+        assert pipe.transformer.generate(condition, mask, **options).equal(plain)
+    images = sjd.generate_images(pipe, None, prompts, sjd.SJDConfig(window=5), **options)
+    expected = pictures(pipe.decode_tokens(plain))
+    assert [one.tobytes() for one in images] == [one.tobytes() for one in expected]
+
+
+@pytest.mark.parametrize("name", ["emu3", "llama"])
+def test_models_whose_weights_lie_elsewhere_draw_the_same(name, tmp_path, tiny):
+    accelerate = pytest.importorskip("accelerate")
+    from sjd_models import family as build
+
+    family = tiny(name, torch.float32)
+    plain = family.generate(custom_generate=sjd.decode, sjd_config=sjd.SJDConfig(window=5),
+                            generator=torch.Generator().manual_seed(1))  # fmt: skip
+    moved = build(name, torch.float32)
+    decoder = {"emu3": "model.text_model", "llama": "model"}[name]
+    places = {decoder: "disk", "lm_head": "disk"} | ({"model.vqmodel": "cpu"} if name == "emu3" else {})
+    accelerate.dispatch_model(moved.model, places, main_device="cpu", offload_dir=str(tmp_path))
+    assert moved.model.device.type == "meta"
+    with sjd.applied(moved.model, sjd.SJDConfig(window=5)):
+        assert moved.generate(generator=torch.Generator().manual_seed(1)).equal(plain)
 
 
 def test_llamagen_pipelines_are_found_through_their_transformer(tiny):

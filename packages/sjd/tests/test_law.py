@@ -6,6 +6,7 @@ import pytest
 import torch
 from sjd.config import SJDConfig
 from sjd.exactness import KeepsOldLaws, Table, binary_noises, deviations, enumerated_law, sample
+from sjd.functional import process_rows
 from sjd.grammar import ImageGrammar
 
 SEQUENCES = 200_000
@@ -113,7 +114,7 @@ def test_a_margin_at_the_end_is_decoded_one_by_one_and_keeps_the_law(rng):
     assert chi_square(counts, table.law()) > 1e-3
 
 
-def law_of_model(family, length):
+def law_of_model(family, length, guidance_scale=1.0, **processing):
     """The law of a tiny real model's sequences, by its plain forward on each of them."""
     import itertools
 
@@ -124,21 +125,33 @@ def law_of_model(family, length):
     with torch.no_grad():
         ids = torch.full((len(sequences), 4), 5)
         for position in range(length):
-            logits = family.model(torch.cat((ids, sequences[:, :position]), 1)).logits[:, -1, :vocab]
-            law *= logits.softmax(-1).gather(1, sequences[:, position, None]).squeeze(1)
+            # The unconditional prompt is the last token of the prompt.
+            both = [
+                family.model(torch.cat((prompt, sequences[:, :position]), 1)).logits[:, -1, :vocab]
+                for prompt in (ids, ids[:, -1:])
+            ]
+            probs = process_rows(both[0], guidance=(guidance_scale, both[1]), **processing)
+            law *= probs.gather(1, sequences[:, position, None]).squeeze(1)
     return sequences, law
 
 
 @pytest.mark.parametrize(
-    "rows", [4096, pytest.param(4, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)]
+    ("rows", "options"),
+    [
+        (4096, {}),
+        (4096, {"temperature": 0.6, "top_p": 0.8, "guidance_scale": 2.0}),
+        pytest.param(7, {}, marks=pytest.mark.slow),
+        pytest.param(1, {}, marks=pytest.mark.slow),
+    ],
+    ids=["4096", "4096 processed", "7", "1"],
 )
 @pytest.mark.parametrize("refresh", ["independent", "maximal"])
-def test_a_real_model_keeps_its_law_in_batches_of_any_size(rows, refresh, rng):
+def test_a_real_model_keeps_its_law_in_batches_of_any_size(rows, options, refresh, rng):
     import sjd
     from sjd_models import family
 
     model = family("llama").model
-    sequences, law = law_of_model(family("llama"), 4)
+    sequences, law = law_of_model(family("llama"), 4, **options)
     code = {tuple(one): number for number, one in enumerate(sequences.tolist())}
     grammar = ImageGrammar.free(4, slice(0, 3))
     counts = torch.zeros(len(law))
@@ -147,7 +160,7 @@ def test_a_real_model_keeps_its_law_in_batches_of_any_size(rows, refresh, rng):
     ids = torch.full((rows, 4), 5)
     for _ in range(total // rows):
         out = model.generate(ids, max_new_tokens=4, do_sample=True, top_k=0, custom_generate=sjd.decode,
-                             sjd_config=config, sjd_grammar=grammar, generator=rng)  # fmt: skip
+                             sjd_config=config, sjd_grammar=grammar, generator=rng, **options)  # fmt: skip
         for one in out[:, 4:].tolist():
             counts[code[tuple(one)]] += 1
     assert chi_square(counts, law) > 1e-3

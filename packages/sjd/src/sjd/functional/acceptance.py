@@ -5,6 +5,7 @@ B rows, W drafts, V tokens. p is the distribution a position has in this pass, q
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,7 +31,8 @@ def accept_lengths(
 
     `draft_tokens` (B, W) int64, `draft_probs` (B, W, V) q, `target_probs` (B, W or more, V) p, `uniforms` (B, W) in
     [0, 1), `valid` (B, W) bool. The test is u q < p in the dtype of the probabilities; counting stops at the first
-    draft that fails or is not valid. A draft with q = 0 passes where p > 0.
+    draft that fails or is not valid. A draft with q = 0 was not drawn from q. It passes where p > 0, and on a CPU, where
+    looking costs nothing, a RuntimeWarning names it.
     """
     return _leading(_accepted(draft_tokens, draft_probs, target_probs, uniforms, valid, None))
 
@@ -145,7 +147,20 @@ def _accepted(
     q = draft_probs.gather(-1, chosen).squeeze(-1)
     p = target_probs[:, : draft_tokens.shape[1]].gather(-1, chosen).squeeze(-1)
     accepted = uniforms.to(q.dtype) * q < (p if added is None else p + added)
+    if added is None and q.device.type == "cpu":
+        _warn_of_other_laws((q == 0) if valid is None else (q == 0) & valid)
     return accepted if valid is None else accepted & valid
+
+
+def _warn_of_other_laws(impossible: Tensor) -> None:
+    if bool(impossible.any()):
+        row, place = impossible.nonzero()[0].tolist()
+        warnings.warn(
+            f"draft {place} of row {row} has probability 0 in draft_probs: it was drawn from something else, and the "
+            "output does not have the law of target_probs",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _leading(accepted: Tensor) -> Tensor:
