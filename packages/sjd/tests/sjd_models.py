@@ -6,7 +6,7 @@ Plain decoding runs the model's own forward on the whole sequence for every toke
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,11 +44,11 @@ TEXT = {
 }
 
 
-def chameleon() -> Any:
+def chameleon(side: int = SIDE) -> Any:
     from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
     names = {f"IMGIMG{''.join(chr(ord('A') + int(digit)) for digit in str(code))}Z": 4 + code for code in range(CODES)}
-    vq = {"embed_dim": 8, "num_embeddings": CODES, "latent_channels": 32, "resolution": 8, "base_channels": 32,
+    vq = {"embed_dim": 8, "num_embeddings": CODES, "latent_channels": 32, "resolution": 2 * side, "base_channels": 32,
           "channel_multiplier": [1, 1], "num_res_blocks": 1}  # fmt: skip
     config = ChameleonConfig(
         **TEXT, vocab_size=64, vq_config=vq, vocabulary_map={**names, "<image>": 60, "<eoss>": 61}, pad_token_id=0
@@ -56,7 +56,7 @@ def chameleon() -> Any:
     return ChameleonForConditionalGeneration(config)
 
 
-def emu3() -> Any:
+def emu3(side: int = SIDE) -> Any:
     from transformers import Emu3Config, Emu3ForConditionalGeneration
 
     names = {f"<|visual token {code:06d}|>": 10 + code for code in range(CODES)}
@@ -68,12 +68,12 @@ def emu3() -> Any:
     return Emu3ForConditionalGeneration(Emu3Config(vq_config=vq, text_config=text, vocabulary_map={**names, **special}))
 
 
-def janus() -> Any:
+def janus(side: int = SIDE) -> Any:
     from transformers import JanusConfig, JanusForConditionalGeneration
 
     text = {**TEXT, "vocab_size": 40, "model_type": "llama", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4,
-              "projection_dim": 32, "num_image_tokens": SIDE**2}  # fmt: skip
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 4 * side,
+              "patch_size": 4, "projection_dim": 32, "num_image_tokens": side**2}  # fmt: skip
     vq = {"embed_dim": 8, "num_embeddings": CODES, "latent_channels": 32, "base_channels": 32, "num_res_blocks": 1,
           "channel_multiplier": [1, 1], "projection_dim": 32, "image_token_embed_dim": 32}  # fmt: skip
     model = JanusForConditionalGeneration(JanusConfig(text_config=text, vision_config=vision, vq_config=vq))
@@ -82,7 +82,7 @@ def janus() -> Any:
     return model
 
 
-def glm_image() -> Any:
+def glm_image(side: int = SIDE) -> Any:
     from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
@@ -95,7 +95,7 @@ def glm_image() -> Any:
     return GlmImageForConditionalGeneration(config)
 
 
-def llama() -> Any:
+def llama(side: int = SIDE) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -103,18 +103,18 @@ def llama() -> Any:
     )  # fmt: skip
 
 
-def llamagen(condition: str = "class") -> Any:
+def llamagen(side: int = SIDE, condition: str = "class") -> Any:
     from pared_zoo.llamagen import LlamaGenTransformer
 
     return LlamaGenTransformer(
-        vocab_size=CODES, hidden_size=32, num_layers=2, num_attention_heads=2, grid_size=SIDE, multiple_of=16,
+        vocab_size=CODES, hidden_size=32, num_layers=2, num_attention_heads=2, grid_size=side, multiple_of=16,
         condition=condition, num_classes=5, caption_channels=12, caption_length=WORDS,
         prefix_keys=condition == "caption",
     )  # fmt: skip
 
 
-def llamagen_caption() -> Any:
-    return llamagen("caption")
+def llamagen_caption(side: int = SIDE) -> Any:
+    return llamagen(side, "caption")
 
 
 def wrapped(original):
@@ -131,19 +131,25 @@ class Family:
     name: str
     model: Any
     rows: int = 2
-    guided: bool = True
-    extras: dict[str, Any] = field(default_factory=dict)
+    side: int = SIDE
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each image, in the order in which they are drawn."""
+        if self.name == "glm_image":
+            return (self.side // 2, self.side // 2), (self.side - 1, self.side)
+        return ((self.side, self.side),)
 
     @property
     def grammar(self) -> ImageGrammar:
         codes = {"chameleon": slice(4, 4 + CODES), "emu3": slice(10, 10 + CODES)}.get(self.name, slice(0, CODES))
         if self.name == "emu3":
-            return ImageGrammar([(SIDE, SIDE)], codes, line_end=51, after=(52, 53, 2))
+            return ImageGrammar(self.grids, codes, line_end=51, after=(52, 53, 2))
         if self.name == "glm_image":
-            return ImageGrammar([(2, 2), (3, 4)], codes, after=(31,))
+            return ImageGrammar(self.grids, codes, after=(31,))
         if self.name == "llama":
-            return ImageGrammar.free(24)
-        return ImageGrammar([(SIDE, SIDE)], codes)
+            return ImageGrammar.free(24 if self.side == SIDE else self.side**2)
+        return ImageGrammar(self.grids, codes)
 
     def prompt(self, rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts of different length, padded on the left: ids and mask (rows, 5)."""
@@ -186,9 +192,9 @@ class Family:
         if guidance is not None:
             options["guidance_scale"] = guidance
         if self.name == "emu3":
-            options["image_sizes"] = torch.tensor([[SIDE, SIDE]] * rows)
+            options["image_sizes"] = torch.tensor([self.grids[0]] * rows)
         if self.name == "glm_image":
-            options["image_grid_thw"] = torch.tensor([[1, 3, 4], [1, 2, 2]] * rows)
+            options["image_grid_thw"] = torch.tensor([[1, *grid] for grid in reversed(self.grids)] * rows)
             options["images_per_sample"] = torch.tensor([2] * rows)
         out = call(input_ids=ids, attention_mask=mask, max_new_tokens=self.grammar.length, **options)
         return out[:, ids.shape[1] :]
@@ -235,7 +241,7 @@ class Family:
             words = ids.shape[1] - padding
             places = [(1, 1, 1)] * padding + [(i, i, i) for i in range(words)]
             start = words
-            for height, width in ((2, 2), (3, 4)):
+            for height, width in self.grids:
                 places += [(start, start + r, start + c) for r in range(height) for c in range(width)]
                 start += max(height, width)
             places.append((start, start, start))
@@ -283,6 +289,6 @@ BUILDERS = {
 }
 
 
-def family(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Family:
-    model = lively(wrapped(BUILDERS[name]), seed, dtype)
-    return Family(name, model, guided=name != "glm_image")
+def family(name: str, dtype: torch.dtype = torch.float64, seed: int = 0, side: int = SIDE) -> Family:
+    model = lively(wrapped(lambda: BUILDERS[name](side)), seed, dtype)
+    return Family(name, model, side=side)

@@ -285,7 +285,30 @@ def test_a_model_of_ones_own_is_measured_by_window(tiny, monkeypatch):
         torch.manual_seed(seed)
         return family.generate(rows=1)
 
-    monkeypatch.setattr(of_model, "_zoo", lambda *arguments: (family.model, draw))
+    monkeypatch.setattr(of_model, "_zoo", lambda *arguments: (family.model, draw, draw))
     lines = list(of_model.measure_model("ar-world", [3, 7], "", 1, "maximal", 1.0, 0, "cpu"))
     assert len(lines) == 4
     assert float(lines[2].split()[1]) <= SIDE**2
+
+
+def test_a_folder_of_transformers_is_measured_from_the_command_line(tmp_path, tiny, monkeypatch):
+    from sjd.cli import app
+    from transformers import AutoProcessor
+    from typer.testing import CliRunner
+
+    family = tiny("emu3", torch.float32)
+    family.model.save_pretrained(tmp_path)
+
+    def processor(text, **options):
+        ids, mask = family.prompt(1)
+        return {"input_ids": ids, "attention_mask": mask, "image_sizes": [[4, 4]]}
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name: processor)
+    shown = CliRunner().invoke(app, ["bench", str(tmp_path), "--windows", "3,6", "--images", "1"])
+    assert shown.exit_code == 0, shown.output
+    rows = [line.split() for line in shown.output.splitlines()]
+    assert [row[0] for row in rows] == ["window", "none", "3", "6"]
+    # A picture of 4 x 4 with line ends and three ends behind it.
+    assert all(6 <= float(row[1]) < 23 for row in rows[2:])
+    missing = CliRunner().invoke(app, ["bench", str(tmp_path / "none")])
+    assert missing.exit_code == 2

@@ -427,32 +427,33 @@ def test_captions_keep_their_padding_on_every_way_to_a_picture():
     from pared_zoo.recipes.tokenizer import world_tokenizer
     from sjd.bench.world import Arm, Sampling, World
     from sjd.images import pictures
-    from sjd_models import lively, llamagen_caption, wrapped
+    from sjd_models import CODES, lively, llamagen_caption, wrapped
+    from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
     tokenizer = world_tokenizer(32)
-    vq = SimpleNamespace(decode=lambda tokens: (tokens[:, None].float() / 10 - 1).repeat(1, 3, 2, 2))
-    pipe = SimpleNamespace(
+    vq = Emu3VQVAEConfig(codebook_size=CODES, embed_dim=4, latent_channels=4, temporal_downsample_factor=1,
+                         base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1, attn_resolutions=[],
+                         hidden_size=32)  # fmt: skip
+    pipe = llamagen.LlamaGenPipeline(
         transformer=lively(wrapped(llamagen_caption), 3, torch.float32),
+        vqmodel=Emu3VQVAE(vq).eval(),
         text_encoder=lively(caption_encoder(tokenizer, 12, 1), 4, torch.float32),
         tokenizer=tokenizer,
-        vqmodel=vq,
     )
-    for name in ("encode_prompt", "decode_tokens"):
-        setattr(pipe, name, getattr(llamagen.LlamaGenPipeline, name).__get__(pipe))
     prompts = ["red", "", "a red circle", "two"]
     condition, mask = pipe.encode_prompt(prompts)
     assert len(set(mask.sum(1).tolist())) > 1
+    # One token to choose from: every way must draw the same.
     options = {"guidance_scale": 2.0, "top_k": 1}
-    plain = pipe.transformer.generate(condition, mask, **options)
-    unmasked = pipe.transformer.generate(condition, **options)
-    assert not unmasked.equal(plain)
+    plain, tokens = pipe(prompts, output_type="pt", return_tokens=True, **options)
+    assert not pipe.transformer.generate(condition, **options).equal(tokens)
     drawn = World(pipe, prompts).draw(Arm("maximal", 5), 4, 0, Sampling(greedy=True, guidance=2.0))
-    assert drawn.tokens.equal(plain)
-    with sjd.applied(pipe, sjd.SJDConfig(window=5)):
-        assert pipe.transformer.generate(condition, mask, **options).equal(plain)
+    assert drawn.tokens.equal(tokens)
+    with sjd.applied(pipe, sjd.SJDConfig(window=5)) as handle:
+        assert pipe(prompts, output_type="pt", return_tokens=True, **options)[1].equal(tokens)
+        assert handle.stats()["tokens"] == tokens.numel()
     images = sjd.generate_images(pipe, None, prompts, sjd.SJDConfig(window=5), **options)
-    expected = pictures(pipe.decode_tokens(plain))
-    assert [one.tobytes() for one in images] == [one.tobytes() for one in expected]
+    assert [one.tobytes() for one in images] == [one.tobytes() for one in pictures(plain)]
 
 
 @pytest.mark.parametrize("name", ["emu3", "llama"])

@@ -56,24 +56,34 @@ def run(context: BenchContext, rounds: int) -> list[Record]:
 
 def compare(context: BenchContext, task: Task, greedy: bool, rounds: int) -> list[Record]:
     """Mean passes over the prompts, and the time of the first one's answer, in turns."""
+    settings = {"experiment": "n-gram assistance", "model": task.name, "batch": 1, "greedy": greedy}
+    count = len(task.prompts)
+    records = []
+    for name, mean in counted(task, greedy, context.seed).items():
+        records.append(Record("sjd", name, "passes", mean, "", settings, samples=count))
+        records.append(Record("sjd", name, "tokens per pass", task.length / mean, "", settings, samples=count))
+    candidates = {name: partial(way, 0) for name, way in ways_of(task, greedy).items()}
+    timings = time_paired(candidates, device=context.device, rounds=rounds, warmup=1, clock=clock_of(context))
+    return records + timings.records("sjd", "generate", settings)
+
+
+def counted(task: Task, greedy: bool, seed: int) -> dict[str, float]:
+    """Mean passes of an answer, by way."""
+    found = {}
+    for name, way in ways_of(task, greedy).items():
+        torch.manual_seed(seed)
+        found[name] = statistics.fmean(way(number) for number in range(len(task.prompts)))
+    return found
+
+
+def ways_of(task: Task, greedy: bool) -> dict[str, Way]:
+    """transformers' own generation, with n-grams, and sjd by window."""
     options: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0}
     ways: dict[str, Way] = {
         "generate": partial(_generate, task, options),
         "n-gram assistance": partial(_generate, task, {**options, "prompt_lookup_num_tokens": NGRAM}),
     }
-    for window in WINDOWS:
-        ways[f"maximal, {window}"] = partial(_with_sjd, task, options, window)
-    settings = {"experiment": "n-gram assistance", "model": task.name, "batch": 1, "greedy": greedy}
-    records = []
-    for name, way in ways.items():
-        torch.manual_seed(context.seed)
-        passes = [way(number) for number in range(len(task.prompts))]
-        mean = statistics.fmean(passes)
-        records.append(Record("sjd", name, "passes", mean, "", settings, samples=len(passes)))
-        records.append(Record("sjd", name, "tokens per pass", task.length / mean, "", settings, samples=len(passes)))
-    candidates = {name: partial(way, 0) for name, way in ways.items()}
-    timings = time_paired(candidates, device=context.device, rounds=rounds, warmup=1, clock=clock_of(context))
-    return records + timings.records("sjd", "generate", settings)
+    return ways | {f"maximal, {window}": partial(_with_sjd, task, options, window) for window in WINDOWS}
 
 
 def _generate(task: Task, options: dict[str, Any], number: int) -> int:

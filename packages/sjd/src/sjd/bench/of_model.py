@@ -32,18 +32,17 @@ def measure_model(
     configs = [SJDConfig.from_dict({"window": size, "refresh": refresh}) for size in windows]
     if images < 1:
         raise ValueError(f"images={images!r} must be at least 1")
-    model, draw = _zoo(prompt, guidance, top_k, device) if name == "ar-world" else _transformers(
-        name, prompt, guidance, top_k, device
-    )  # fmt: skip
+    prepare = _zoo if name == "ar-world" else partial(_transformers, name)
+    model, draw, ours = prepare(prompt, guidance, top_k, device)
     heads = ("passes", "tokens per pass", "ms per pass", "s per picture", "speed-up")
     yield " ".join(f"{head:>{width}}" for head, width in zip(("window", *heads), WIDTHS, strict=True))
     plain = _seconds(draw, images)
     yield f"{'none':>8} {'':>8} {'':>16} {'':>12} {plain:14.2f} {1.0:9.2f}"
     for config in configs:
         with applied(model, config) as handle:
-            draw(0)
+            ours(0)
             handle.reset()
-            seconds = _seconds(draw, images)
+            seconds = _seconds(ours, images)
             stats = handle.stats()
         passes = stats["nfe"] / len(stats["images"])
         yield (
@@ -61,7 +60,8 @@ def _seconds(draw: Draw, images: int) -> float:
     return (time.perf_counter() - start) / images
 
 
-def _zoo(prompt: str, guidance: float, top_k: int, device: str) -> tuple[Any, Draw]:
+def _zoo(prompt: str, guidance: float, top_k: int, device: str) -> tuple[Any, Draw, Draw]:
+    """The model, how it draws a picture, and how it does while sjd is on it."""
     import pared_zoo
 
     pipeline = pared_zoo.load("ar-world").to(device)
@@ -71,10 +71,10 @@ def _zoo(prompt: str, guidance: float, top_k: int, device: str) -> tuple[Any, Dr
         generator = torch.Generator().manual_seed(seed)
         return pipeline(text, guidance_scale=guidance, top_k=top_k, generator=generator, output_type="pt")
 
-    return pipeline, draw
+    return pipeline, draw, draw
 
 
-def _transformers(name: str, prompt: str, guidance: float, top_k: int, device: str) -> tuple[Any, Draw]:
+def _transformers(name: str, prompt: str, guidance: float, top_k: int, device: str) -> tuple[Any, Draw, Draw]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
@@ -84,15 +84,14 @@ def _transformers(name: str, prompt: str, guidance: float, top_k: int, device: s
     made = adapter.inputs_for(processor, [prompt or "a lighthouse at dusk"])
     inputs: dict[str, Any] = {key: one.to(device) if isinstance(one, Tensor) else one for key, one in made.items()}
     ids = inputs["input_ids"]
-    asked = Inputs(ids, torch.ones_like(ids, dtype=torch.bool), inputs, inputs.pop("image_grid", None))
+    grid = inputs.pop("image_grid", None)
+    asked = Inputs(ids, torch.ones_like(ids, dtype=torch.bool), inputs, grid)
     grammar = adapter.grammar(asked)
     if grammar is not None and "generation_mode" not in inputs:
         inputs |= {"max_new_tokens": grammar.length, "min_new_tokens": grammar.length}
-    call = partial(model_generate, model, inputs, guidance, top_k)
-    return model, call
 
+    def draw(seed: int, **more: Any) -> Any:
+        torch.manual_seed(seed)
+        return model.generate(**inputs, **more, do_sample=True, top_k=top_k, guidance_scale=guidance)
 
-def model_generate(model: Any, inputs: dict[str, Any], guidance: float, top_k: int, seed: int) -> Any:
-    """One picture, by whatever answers `generate` now."""
-    torch.manual_seed(seed)
-    return model.generate(**inputs, do_sample=True, top_k=top_k, guidance_scale=guidance)
+    return model, draw, draw if grid is None else partial(draw, image_grid=grid)

@@ -31,8 +31,8 @@ def accept_lengths(
 
     `draft_tokens` (B, W) int64, `draft_probs` (B, W, V) q, `target_probs` (B, W or more, V) p, `uniforms` (B, W) in
     [0, 1), `valid` (B, W) bool. The test is u q < p in the dtype of the probabilities; counting stops at the first
-    draft that fails or is not valid. A draft with q = 0 was not drawn from q. It passes where p > 0, and on a CPU, where
-    looking costs nothing, a RuntimeWarning names it.
+    draft that fails or is not valid. A draft with q = 0 was not drawn from q: it passes where p > 0, and on a CPU a
+    RuntimeWarning names it.
     """
     return _leading(_accepted(draft_tokens, draft_probs, target_probs, uniforms, valid, None))
 
