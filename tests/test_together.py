@@ -8,6 +8,7 @@ import cskv
 import framefusion
 import mbq
 import pytest
+import sjd
 import torch
 from framefusion import FrameFusionConfig
 from pared_hooks import ConflictError
@@ -182,3 +183,55 @@ def test_a_decoding_step_of_a_packed_and_reduced_model_is_compiled_once(tiny: An
             torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-5)
             frames.append(counter.frame_count)
     assert frames[-1] == frames[1]
+
+
+@pytest.fixture(scope="module")
+def words() -> Any:
+    """A tiny language model with random weights, large enough for context to matter; tests leave it as it was."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60, initializer_range=0.2, pad_token_id=0)).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def continued(model: Any) -> list[int]:
+    prompt = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(1))
+    out: list[int] = model.generate(prompt, max_new_tokens=12, do_sample=False)[0].tolist()
+    return out
+
+
+@pytest.mark.parametrize("first", ["cskv", "sjd"])
+def test_sjd_takes_drafts_out_of_the_cache_and_refuses_one_that_compresses_them(first: str, words: Any) -> None:
+    plain = continued(words)
+    methods: dict[str, Any] = {
+        "cskv": lambda: cskv.applied(words, cskv.CSKVConfig(init="svd", window=8)),
+        "sjd": lambda: sjd.applied(words, sjd.SJDConfig(window=4)),
+    }
+    second = "sjd" if first == "cskv" else "cskv"
+    with methods[first]():
+        alone = continued(words)
+        with pytest.raises(ConflictError, match=rf"{second} and {first} both need 'decoder.cache'.*remove one"):
+            methods[second]().__enter__()
+        assert continued(words) == alone
+    assert "generate" not in vars(words)
+    assert continued(words) == plain
+    with methods[second]():
+        assert len(continued(words)) == 21
+
+
+@pytest.mark.parametrize("first_removed", ["mbq", "sjd"])
+def test_a_packed_model_draws_several_tokens_a_pass_and_either_can_go_first(first_removed: str, words: Any) -> None:
+    plain = continued(words)
+    packed = mbq.apply(words, mbq.MBQConfig(method="rtn", group_size=32), [])
+    only_packed = continued(words)
+    drafted = sjd.apply(words, sjd.SJDConfig(window=4))
+    assert continued(words) == only_packed
+    assert drafted.stats()["nfe"] < 12
+    (packed if first_removed == "mbq" else drafted).remove()
+    assert continued(words) == (plain if first_removed == "mbq" else only_packed)
+    (drafted if first_removed == "mbq" else packed).remove()
+    assert continued(words) == plain

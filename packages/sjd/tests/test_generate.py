@@ -462,8 +462,8 @@ def test_models_whose_weights_lie_elsewhere_draw_the_same(name, tmp_path, tiny):
     from sjd_models import family as build
 
     family = tiny(name, torch.float32)
-    plain = family.generate(custom_generate=sjd.decode, sjd_config=sjd.SJDConfig(window=5),
-                            generator=torch.Generator().manual_seed(1))  # fmt: skip
+    with sjd.applied(family.model, sjd.SJDConfig(window=5)):
+        plain = family.generate(generator=torch.Generator().manual_seed(1))
     moved = build(name, torch.float32)
     decoder = {"emu3": "model.text_model", "llama": "model"}[name]
     places = {decoder: "disk", "lm_head": "disk"} | ({"model.vqmodel": "cpu"} if name == "emu3" else {})

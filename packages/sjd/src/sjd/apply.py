@@ -51,7 +51,8 @@ def apply(model: Any, config: SJDConfig | None = None) -> SJDHandle:
 
     Sets the attribute `generate` of that one object; its modules, weights and class stay as they are. All or nothing.
     Raises `UnsupportedModelError` (a ValueError) for a model that sjd does not know or whose cache cannot take tokens
-    back, `AlreadyAppliedError` when sjd is on it already, `ConfigError` for a config that is none.
+    back, `AlreadyAppliedError` when sjd is on it already, `ConflictError` when another method decides what its cache
+    holds, `ConfigError` for a config that is none.
     """
     config = SJDConfig() if config is None else config
     if not isinstance(config, SJDConfig):
@@ -60,6 +61,9 @@ def apply(model: Any, config: SJDConfig | None = None) -> SJDHandle:
     session = Session(target, config, adapter)
     with Patch(OWNER) as patch:
         patch.claim(target, "generate")
+        patch.claim(adapter.decoder, "decoder.cache")
+        # Not before: another method's attention would be refused in place of the method.
+        adapter.check()
         patch.wrap_method(target, "generate", door_of(session, target))
     return SJDHandle(patch, session)
 
@@ -72,11 +76,11 @@ def applied(model: Any, config: SJDConfig | None = None) -> Iterator[SJDHandle]:
 
 
 def target_of(model: Any) -> tuple[Any, Adapter]:
-    """The object whose `generate` draws the tokens, and its adapter."""
+    """The object whose `generate` draws the tokens, and its adapter, which `apply` checks."""
     encoder = getattr(model, "vision_language_encoder", None)
     if encoder is not None:
-        return encoder, adapter_of(encoder)
+        return encoder, adapter_of(encoder, check=False)
     transformer = getattr(model, "transformer", None)
     if transformer is not None and is_instance(transformer, "LlamaGenTransformer"):
         return transformer, LlamaGen(transformer, model)
-    return model, adapter_of(model)
+    return model, adapter_of(model, check=False)

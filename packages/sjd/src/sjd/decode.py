@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from types import NoneType
 from typing import Any, Literal
 
 import torch
 from pared_hooks import ConfigError
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
 
@@ -182,8 +184,15 @@ def _check_mode(generation_config: Any, model_kwargs: dict[str, Any], streamer: 
         raise ConfigError(
             "past_key_values holds tokens already; valid with sjd: None or an empty cache", "past_key_values"
         )
-    if type(cache).__name__ == "QuantizedCache" or generation_config.cache_implementation == "quantized":
-        raise ConfigError("a quantised cache cannot take rejected drafts back; valid: no cache_implementation", "cache")
+    # What `generate` makes unless told otherwise is made anew here, with rows of their own length.
+    plain = type(cache) in (NoneType, DynamicCache, StaticCache)
+    if not plain or generation_config.cache_implementation == "quantized":
+        kind = type(cache).__name__ if cache is not None else "a quantised cache"
+        raise ConfigError(
+            f"{kind} cannot take rejected drafts back; valid with sjd: no past_key_values, no cache_implementation or "
+            "'static'",
+            "past_key_values",
+        )
     if model_kwargs.get("inputs_embeds") is not None:
         raise ConfigError("inputs_embeds is not valid with sjd: input_ids", "inputs_embeds")
     if streamer is not None and rows != 1:

@@ -11,14 +11,18 @@ from sjd.adapters.base import BUILT_IN, Adapter, is_instance, register_adapter, 
 __all__ = ["Adapter", "adapter_of", "register_adapter"]
 
 
-def adapter_of(model: Any) -> Adapter:
-    """The adapter of a model; raises `UnsupportedModelError` for one that is not known, or that cannot roll back."""
+def adapter_of(model: Any, *, check: bool = True) -> Adapter:
+    """The adapter of a model.
+
+    Raises `UnsupportedModelError` for one that is not known, or with `check` one that cannot roll back.
+    """
     adapter = registered(model) or _built_in(model)
     if adapter is None:
         raise UnsupportedModelError.unknown(
             model, BUILT_IN, "Write one: subclass sjd.Adapter and call sjd.register_adapter (docs/models.md)."
         )
-    adapter.check()
+    if check:
+        adapter.check()
     return adapter
 
 

@@ -83,6 +83,11 @@ class Adapter:
         return self.model.device if place is None else torch.device(place)
 
     @property
+    def decoder(self) -> nn.Module:
+        """The module whose layers cache keys and values."""
+        return self.model.base_model
+
+    @property
     def vocabulary(self) -> int:
         """Columns of the whole head."""
         return self.head_module.weight.shape[0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from pared_hooks import ConfigError, UnsupportedModelError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from sjd.adapters.base import Adapter, Inputs, allowed_tokens, feature, one_size
@@ -40,10 +40,14 @@ class Emu3(Adapter):
         place = self.model.model.get_placeholder_mask(inputs.ids, inputs_embeds=embeds, image_features=found)
         return embeds.masked_scatter(place, found.to(embeds.dtype))
 
+    @property
+    def decoder(self) -> nn.Module:
+        """The text model, which draws images, too."""
+        return self.model.model.text_model if self._is_whole else self.model.model
+
     def trunk(self, inputs_embeds: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
         """Hidden states behind the last norm."""
-        decoder = self.model.model.text_model if self._is_whole else self.model.model
-        return decoder(
+        return self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=position_ids,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from pared_hooks import ConfigError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from sjd.adapters.base import Adapter, Inputs, Prompt, feature
@@ -57,9 +57,14 @@ class GlmImage(Adapter):
         """There is no unconditional prompt for this model."""
         raise ConfigError("guidance_scale is not used by GLM-Image; valid: None or 1", "guidance_scale")
 
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model, which draws images, too."""
+        return self.model.model.language_model
+
     def trunk(self, inputs_embeds: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
         """Hidden states behind the last norm."""
-        return self.model.model.language_model(
+        return self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=position_ids,

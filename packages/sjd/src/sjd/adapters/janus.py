@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from sjd.adapters.base import Adapter, Inputs, Phase
@@ -36,9 +36,14 @@ class Janus(Adapter):
         """Every token but begin of sequence and begin of image becomes padding, and is still attended."""
         return without_words(inputs, self.model.generation_config)
 
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model, which draws images, too."""
+        return self.model.model.language_model
+
     def trunk(self, inputs_embeds: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache) -> Tensor:
         """Hidden states behind the last norm."""
-        return self.model.model.language_model(
+        return self.decoder(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
             position_ids=position_ids,

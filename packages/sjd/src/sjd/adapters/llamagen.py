@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from pared_hooks import ConfigError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from sjd.adapters.base import Adapter, Inputs, Phase, Prompt, check_padding
@@ -29,6 +29,11 @@ class LlamaGen(Adapter):
     def device(self) -> torch.device:
         """Where conditions go."""
         return self.model.device
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The transformer itself."""
+        return self.model
 
     @property
     def vocabulary(self) -> int:
