@@ -306,7 +306,7 @@ def test_a_folder_of_transformers_is_measured_from_the_command_line(tmp_path, ti
     monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name: processor)
     shown = CliRunner().invoke(app, ["bench", str(tmp_path), "--windows", "3,6", "--images", "1"])
     assert shown.exit_code == 0, shown.output
-    rows = [line.split() for line in shown.output.splitlines()]
+    rows = [line.split() for line in shown.stdout.splitlines() if line.strip()]
     assert [row[0] for row in rows] == ["window", "none", "3", "6"]
     # A picture of 4 x 4 with line ends and three ends behind it.
     assert all(6 <= float(row[1]) < 23 for row in rows[2:])

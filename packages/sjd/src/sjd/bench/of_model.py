@@ -87,11 +87,14 @@ def _transformers(name: str, prompt: str, guidance: float, top_k: int, device: s
     grid = inputs.pop("image_grid", None)
     asked = Inputs(ids, torch.ones_like(ids, dtype=torch.bool), inputs, grid)
     grammar = adapter.grammar(asked)
+    alone, ours = {}, {} if grid is None else {"image_grid": grid}
     if grammar is not None and "generation_mode" not in inputs:
-        inputs |= {"max_new_tokens": grammar.length, "min_new_tokens": grammar.length}
+        inputs["max_new_tokens"] = grammar.length
+        # Without a grammar, the model might end the picture early.
+        alone["min_new_tokens"] = grammar.length
 
     def draw(seed: int, **more: Any) -> Any:
         torch.manual_seed(seed)
         return model.generate(**inputs, **more, do_sample=True, top_k=top_k, guidance_scale=guidance)
 
-    return model, draw, draw if grid is None else partial(draw, image_grid=grid)
+    return model, partial(draw, **alone), partial(draw, **ours)
