@@ -216,7 +216,7 @@ def test_traces_are_what_passes_committed(world, monkeypatch):
 
 
 def test_the_count_model_saturates_without_coupling_and_grows_with_it():
-    """The table of expected passes as a whole: a world of as many nats a cell as it was made for."""
+    """The whole table, in a world of as many nats a cell as what was expected of it was measured in."""
     model = counting.CountModel.of_world().heated(1.4)
     table, entropies = {}, []
     for name in counting.COLUMNS:

@@ -31,7 +31,7 @@ COLUMNS = {
 }
 WINDOWS = (4, 8, 16, 32)
 TEMPERATURES = (1.0, 1.4)
-"""The world as it is, where most cells are certain, and one of as many nats a cell as images of real models have."""
+"""The world as it is, where most cells are nearly certain, and one with several times as many nats a cell."""
 
 
 @dataclass
