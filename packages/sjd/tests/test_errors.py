@@ -286,12 +286,16 @@ def test_rows_that_ask_for_different_sizes_are_refused(tiny):
         family.model.generate(ids, image_sizes=torch.tensor([[2, 2], [3, 3]]), max_new_tokens=30, do_sample=True)
 
 
-def test_a_window_that_takes_much_memory_is_named_with_one_that_fits(monkeypatch):
+def test_a_window_that_takes_much_memory_is_named_with_one_that_fits(llama, monkeypatch):
     from sjd import memory
 
     monkeypatch.setattr(memory, "free_memory", lambda device: 100 * 2**20)
     with pytest.warns(UserWarning, match="window=100 fits"):
         memory.warn_if_large(1, 400, 2**16, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * 20 * 4 * 8)
+    ids, _ = llama.prompt()
+    with pytest.warns(UserWarning, match="distributions of a window of 5 .* window=2 fits"):
+        generate(llama.model, ids)
 
 
 @pytest.mark.parametrize(

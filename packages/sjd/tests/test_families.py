@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import sjd
 import sjd_models
@@ -117,6 +119,20 @@ def test_the_whole_head_and_a_slice_of_it_draw_the_same(name, tiny):
     family = tiny(name)
     found = [drawn(family, window=5, seed=2, vocab_slice=which, **MATCH)[0] for which in ("auto", "off")]
     assert found[0].equal(found[1])
+
+
+def test_a_slice_of_a_head_has_its_bias_and_whoever_hooked_it_is_asked(rng):
+    from sjd.adapters.base import Adapter
+
+    head, hidden = torch.nn.Linear(6, 20), torch.randn(2, 3, 6, generator=rng)
+    adapter = Adapter(SimpleNamespace(lm_head=head))
+    torch.testing.assert_close(adapter.head(hidden, slice(4, 9)), head(hidden)[..., 4:9])
+    hook = head.register_forward_hook(lambda module, inputs, output: output + 1)
+    torch.testing.assert_close(adapter.head(hidden, slice(4, 9)), head(hidden)[..., 4:9])
+    hook.remove()
+    plain = head.forward
+    head.forward = lambda states: plain(states) + 1
+    torch.testing.assert_close(adapter.head(hidden, slice(4, 9)), plain(hidden)[..., 4:9] + 1)
 
 
 def test_image_tokens_with_gaps_are_a_mask(tiny):
