@@ -9,7 +9,7 @@ from mbq.bench import text, vlm
 from mbq.bench.arms import SEARCHED
 from pared_bench import BenchContext
 
-pytestmark = [pytest.mark.slow, pytest.mark.proof]
+pytestmark = [pytest.mark.slow, pytest.mark.proof, pytest.mark.timeout(3600)]
 
 
 def shipped() -> bool:

@@ -29,7 +29,7 @@ CFG_DROPOUT = 0.1
 #: After this many blocks, a head that is thrown away tells what the place of the next token shows; how much it counts.
 LOOK_BLOCKS, LOOK_WEIGHT = 4, 0.1
 #: The best of 1, 1.5, 2 and 3 by attribute accuracy on scenes that are neither trained on nor held out.
-GUIDANCE_SCALE = 2.0
+GUIDANCE_SCALE = 1.5
 #: Size -> scenes encoded once, width, layers and heads of the transformer, width and layers of the text encoder.
 ARCHITECTURE: dict[str, dict[str, Any]] = {
     "small": {"scenes": 40_000, "width": 192, "layers": 6, "heads": 3, "text_width": 96, "text_layers": 2},

@@ -26,7 +26,7 @@ CFG_DROPOUT = 0.1
 MAX_LENGTH = 512
 #: Tokens of a picture with its line ends and the three ends behind it.
 PICTURE_LENGTH = GRID * (GRID + 1) + 3
-GUIDANCE_SCALE = 2.0
+GUIDANCE_SCALE = 1.5
 #: The layer whose output at the last token of a prompt has to tell what the caption says, and how much that counts.
 READING_LAYER, READING_WEIGHT = 2, 0.1
 #: Label of what is not asked for.
