@@ -252,7 +252,12 @@ def stats_of(plans: list[LayerPlan]) -> dict[str, Any]:
             assert isinstance(rows, int)
             assert isinstance(columns, int)
             count, weights = count + 1, weights + rows * columns
-            stored += module.stored_bytes if isinstance(module, QuantLinear) else module.weight.nbytes
+            if isinstance(module, QuantLinear):
+                stored += module.stored_bytes
+            else:
+                weight = module.weight
+                assert isinstance(weight, Tensor)
+                stored += weight.nbytes
     return {
         "layers": len(plans),
         "modules": count,
