@@ -37,7 +37,7 @@ def _laws(logits_ptr, previous_ptr, column, columns, threshold, temperature, lar
     p = tl.exp(z - largest) / total
     p = tl.where(forced >= 0, tl.where(column == forced, 1.0, 0.0), p)
     p = tl.where(column < columns, p, 0.0)
-    stored = tl.load(previous_ptr + column, (column < columns) & (source >= 0), other=0.0)
+    stored = tl.load(previous_ptr + column, column < tl.where(source >= 0, columns, 0), other=0.0)
     certain = tl.where(column == draft, 1.0, 0.0)
     q = tl.where(source >= 0, stored, tl.where(source == -1, certain, 1.0 / columns))
     q = tl.where(tested, q, 0.0)
