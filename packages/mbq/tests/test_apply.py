@@ -191,10 +191,13 @@ def packed_layers(model):
 @torch.no_grad()
 def test_on_a_processor_bfloat16_layers_compute_what_their_dequantised_weights_do(bits):
     for layer in packed_layers(tiled(bits)):
-        x = torch.randn(5, layer.in_features).bfloat16()
-        expected = x.double() @ layer.dequantized(torch.float64).T
-        # Scales and results are rounded to bfloat16.
-        assert (layer(x) - expected).abs().max() <= 6e-3 * expected.abs().max()
+        x, weight = torch.randn(5, layer.in_features).bfloat16(), layer.dequantized(torch.float64)
+        expected = x.double() @ weight.T
+        # Scales, what zero points add and results are rounded to bfloat16, each by 2^-9 of itself at most.
+        offsets = 2 ** (bits - 1) * layer.weight_scale.double().repeat_interleave(layer.group_size, 1)
+        rounded = x.double().abs() @ (weight.abs() + 2 * offsets).T + expected.abs()
+        assert ((layer(x) - expected).abs() <= 2**-9 * rounded).all()
+        assert (layer(x) - expected).norm() <= 5e-3 * expected.norm()
         assert layer(x).dtype == torch.bfloat16
 
 

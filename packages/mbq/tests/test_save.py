@@ -42,8 +42,10 @@ def load_in_a_fresh_process(folder, kind, dtype, out):
 
 
 def test_a_packed_vlm_loads_in_a_fresh_process_that_imported_mbq_alone(tmp_path):
-    # Its scales are float16, which loading in bfloat16 must not round.
-    model = llava_onevision(num_hidden_layers=2).to(torch.bfloat16)
+    # Its scales are float16, which loading in bfloat16 must not round. A loaded model has float32 rotary frequencies.
+    model = llava_onevision(num_hidden_layers=2)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
     config = mbq.MBQConfig(group_size=32, grid=2)
     mbq.apply(model, config, explicit_batches(model, 1), restore="none")
     model.save_pretrained(tmp_path / "packed")
