@@ -170,7 +170,7 @@ class Window:
         assert self.eos is not None
         is_end = torch.isin(tokens, self.eos) & (place < counts[:, None])
         found = is_end.any(1)
-        counts = counts
+        counts = torch.where(found, is_end.long().argmax(1) + 1, counts)
         self.ends = torch.where(found, self.committed + counts, self.ends)
         return counts
 
