@@ -106,7 +106,7 @@ def test_a_difference_is_found_where_there_is_one_and_only_there(rng):
         return quality.Judged(torch.randn(200, 4, generator=rng) + shift, hard + noise + offset)
 
     hard = torch.rand(200, generator=rng)  # scenes differ much more than arms do
-    reference = torch.randn(200, 4, generator=rng)
+    reference = torch.randn(200, 4, generator=rng) - 1  # all of them are far from it
     plain, same, worse = judged(0, 0), judged(0, 0), judged(0.5, -0.05)
     assert all(abs(one) < 3 for one in quality.differences(same, plain, reference).values())
     found = quality.differences(worse, plain, reference)

@@ -211,8 +211,11 @@ def test_unknown_models_and_attention_that_cannot_roll_back_are_refused():
              "num_key_value_heads": 2, "vocab_size": 20}  # fmt: skip
     with pytest.raises(UnsupportedModelError, match="register_adapter"):
         sjd.apply(torch.nn.Linear(2, 2))
+    sliding = MistralForCausalLM(MistralConfig(**small, sliding_window=4))
     with pytest.raises(UnsupportedModelError, match="sliding"):
-        sjd.apply(MistralForCausalLM(MistralConfig(**small, sliding_window=4)))
+        sjd.apply(sliding)
+    with pytest.raises(UnsupportedModelError, match="sliding"):
+        generate(sliding, torch.ones(1, 3, dtype=torch.int64))
     encoder = T5ForConditionalGeneration(
         T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     )

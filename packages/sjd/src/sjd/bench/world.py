@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pared_zoo.recipes.ar_world import GUIDANCE_SCALE
 from torch import Tensor
 
 from sjd.adapters.llamagen import LlamaGen
@@ -19,7 +20,7 @@ from sjd.stats import Run
 from sjd.window import Window
 
 BATCH = 16
-GUIDANCE = 2.0
+GUIDANCE = GUIDANCE_SCALE
 """That of the zoo's card."""
 
 
