@@ -74,14 +74,17 @@ def ship(exported: Path, name: str) -> Path:
     with replace_folder(FOLDER / name) as target:
         shutil.copytree(exported, target, dirs_exist_ok=True)
         for file in target.rglob("config.json"):
-            config = json.loads(file.read_text(encoding="utf-8"))
-            # diffusers notes where a part was loaded from: a folder of the machine that trained it.
-            config.pop("_name_or_path", None)
-            # transformers loads in the noted precision and diffusers in float32: a pipeline of both would not run.
-            if "dtype" in config:
-                config["dtype"] = "float32"
+            config = json.loads(file.read_text(encoding="utf-8"), object_hook=_as_shipped)
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return FOLDER / name
+
+
+def _as_shipped(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, or one within it, without what only holds where it was trained."""
+    # The libraries note where a part was loaded from: a folder of the machine that trained it.
+    config.pop("_name_or_path", None)
+    # transformers loads in the noted precision and diffusers in float32: a pipeline of both would not run.
+    return config | {"dtype": "float32"} if "dtype" in config else config
 
 
 @contextmanager
