@@ -88,3 +88,8 @@ def test_resources_are_read_from_the_compilers_words():
     assert resources._read_amdgcn(assembly) == (64, 12)
     with pytest.raises(ValueError, match="registers"):
         resources._read_ptxas("nothing here, 0 bytes spill stores")
+
+
+def test_a_kernel_is_compiled_where_the_shared_memory_is_between_its_bounds():
+    one = aot.Specialization(None, "", {}, {}, shared=64 * 1024, shared_below=160 * 1024, backend="cuda")
+    assert [name for name, place in aot.TARGETS.items() if one.is_for(place)] == ["cuda-86", "cuda-89", "cuda-120"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -59,7 +60,9 @@ class Specialization:
     `types` gives the Triton type of every argument that is not in `constants` ("*fp16", "i32", "fp32"); `constants`
     holds the constexprs and the arguments that Triton turns into constants, such as a stride of 1. `aligned` names the
     arguments that are multiples of 16, as pointers of torch tensors are. `backend` is "cuda" or "hip" where the two are
-    launched differently, and `warp` the threads of a warp that it is for; None: it is compiled for all.
+    launched differently, `warp` the threads of a warp that it is for, None: it is compiled for all; `shared` the bytes
+    of shared memory that a target must have, `shared_below` those that it must not have, where a kernel is launched
+    differently with more.
     """
 
     kernel: Any
@@ -70,10 +73,13 @@ class Specialization:
     aligned: tuple[str, ...] = ()
     backend: str | None = None
     warp: int | None = None
+    shared: int = 0
+    shared_below: int | None = None
 
     def is_for(self, place: Target) -> bool:
         """Whether it is compiled for this target."""
-        return self.backend in (None, place.backend) and self.warp in (None, place.warp)
+        fits = self.backend in (None, place.backend) and self.warp in (None, place.warp)
+        return fits and self.shared <= place.shared_limit < (self.shared_below or math.inf)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ EXPECTED = {  # family, architecture, number of attentions by kind
     "pixart": ("dit", "pixart", {"self": 2, "cross": 2}),
     "sd3": ("mmdit", "sd3", {"joint": 2, "self": 1}),
     "flux": ("mmdit", "flux", {"joint": 2}),
+    "flux2": ("mmdit", "flux2", {"joint": 2}),
     "qwen-image": ("mmdit", "qwen-image", {"joint": 2}),
     "wan": ("dit", "wan", {"self": 1, "cross": 1}),
     "hunyuan-video": ("mmdit", "hunyuan-video", {"joint": 2}),
+    "hunyuan-video-15": ("mmdit", "hunyuan-video-15", {"joint": 2}),
     "cogvideox": ("mmdit", "cogvideox", {"joint": 2}),
 }
 
@@ -90,7 +92,7 @@ def test_spans_and_grid_agree_with_the_sequence_of_a_forward(case, monkeypatch):
     _, model, call, view = case
     seen = keys_seen(model, call, monkeypatch)
     shape = call[view.sample_name].shape
-    num_text = call[view.text_name].shape[1] if view.text_name else 0
+    num_text = view.num_text_tokens(**call)
     for site in view.attentions:
         query, key = seen[site.name]
         spans = view.spans(site, shape, num_text, **call)
@@ -106,10 +108,11 @@ def test_other_text_changes_exactly_the_text_span_of_the_first_joint_attention(n
     view = DenoiserView.of(model)
     site = view.attentions[0]
     _, before = keys_seen(model, call, monkeypatch)[site.name]
-    other = {**call, view.text_name: call[view.text_name] + 1 + torch.arange(call[view.text_name].shape[-1])}
+    texts = {name: call[name] for name in (view.text_name, *view.more_text)}
+    other = call | {name: text + 1 + torch.arange(text.shape[-1]) for name, text in texts.items()}
     _, after = keys_seen(model, other, monkeypatch)[site.name]
     changed = (before - after).abs().amax(dim=(0, 1, 3)) > 1e-6
-    text = view.spans(site, call[view.sample_name].shape, call[view.text_name].shape[1], **call).text
+    text = view.spans(site, call[view.sample_name].shape, view.num_text_tokens(**call), **call).text
     assert changed[text].all()
     assert changed.sum() == text.stop - text.start
 
@@ -118,7 +121,7 @@ def test_other_text_changes_exactly_the_text_span_of_the_first_joint_attention(n
 def test_streams_of_transformer_blocks_are_in_the_order_of_their_forward(name):
     model, call = FAMILIES[name]()
     view = DenoiserView.of(model)
-    num_text = call[view.text_name].shape[1] if view.text_name else -1
+    num_text = view.num_text_tokens(**call)
     num_vision = view.grid(call[view.sample_name].shape, **call).num_tokens
     seen = {}
 
@@ -132,7 +135,7 @@ def test_streams_of_transformer_blocks_are_in_the_order_of_their_forward(name):
         model(**call)
     for handle in handles:
         handle.remove()
-    length = {"vision": num_vision, "text": num_text}
+    length = {"vision": num_vision, "text": num_text, "joint": num_vision + num_text}
     for block in view.blocks:
         inputs, outputs = seen[block.module]
         assert [tensor.shape[1] for tensor in inputs] == [length[stream] for stream in block.inputs]

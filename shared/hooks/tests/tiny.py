@@ -224,9 +224,11 @@ def denoisers():
         "pixart": pixart,
         "sd3": sd3,
         "flux": flux_transformer,
+        "flux2": flux2_transformer,
         "qwen-image": qwen_image,
         "wan": wan_call,
         "hunyuan-video": hunyuan_video,
+        "hunyuan-video-15": hunyuan_video_15,
         "cogvideox": cogvideox,
     }
 
@@ -359,6 +361,33 @@ def flux_transformer():
     }
 
 
+def flux2_transformer():
+    from diffusers import Flux2Transformer2DModel
+
+    model = Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    row, column = torch.meshgrid(torch.arange(4), torch.arange(6), indexing="ij")
+    zero = torch.zeros(24, dtype=torch.long)
+    ids = torch.stack([zero, row.flatten(), column.flatten(), zero], dim=1)
+    return model.eval(), {
+        "hidden_states": randn(1, 24, 16),
+        "encoder_hidden_states": randn(1, 5, 8),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": ids[None],
+        "txt_ids": torch.zeros(1, 5, 4),
+        "guidance": torch.tensor([3.0]),
+    }
+
+
 def qwen_image():
     from diffusers import QwenImageTransformer2DModel
 
@@ -414,6 +443,32 @@ def hunyuan_video():
         "encoder_attention_mask": torch.ones(1, 5),
         "pooled_projections": randn(1, 8),
         "guidance": torch.tensor([3.0]),
+    }
+
+
+def hunyuan_video_15():
+    from diffusers import HunyuanVideo15Transformer3DModel
+
+    model = HunyuanVideo15Transformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=8,
+        text_embed_2_dim=8,
+        image_embed_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    )
+    return model.eval(), {
+        "hidden_states": randn(1, 4, 2, 4, 6),
+        "timestep": torch.tensor([5.0]),
+        "encoder_hidden_states": randn(1, 5, 8),
+        "encoder_attention_mask": torch.ones(1, 5),
+        "encoder_hidden_states_2": randn(1, 3, 8),
+        "encoder_attention_mask_2": torch.ones(1, 3),
+        "image_embeds": randn(1, 2, 8),
     }
 
 

@@ -53,7 +53,7 @@ class DenoiserBlock:
     """One block of a denoiser; `part` is "down", "mid", "up" (UNets), "double", "single" or "block" (transformers).
 
     For the blocks of transformers `inputs` and `outputs` name the streams the forward takes first and returns:
-    `("vision", "text")` in the order of each.
+    `("vision", "text")` in the order of each; "joint" is both in one sequence.
     """
 
     index: int
@@ -88,6 +88,8 @@ class DenoiserView:
     patch: Grid
     """Latent frames, rows and columns per token."""
     grid_of: Callable[[Sequence[int], Mapping[str, Any]], Grid]
+    more_text: tuple[str, ...] = ()
+    """Further arguments whose tokens are text in the sequence, such as those of a second text encoder."""
 
     @property
     def has_cache_context(self) -> bool:
@@ -128,6 +130,11 @@ class DenoiserView:
         for _ in range(level):
             grid = Grid(grid.frames, (grid.height + 1) // 2, (grid.width + 1) // 2)
         return grid
+
+    def num_text_tokens(self, **call: Any) -> int:
+        """Text tokens that a denoiser call with these arguments brings; others of the call are ignored."""
+        names = (self.text_name, *self.more_text)
+        return sum(call[name].shape[1] for name in names if name is not None and call.get(name) is not None)
 
     def spans(self, site: AttentionSite, sample_shape: Sequence[int], num_text_tokens: int, **call: Any) -> TokenSpans:
         """Where text and picture lie in the sequence of one attention; `call` as for `grid`."""

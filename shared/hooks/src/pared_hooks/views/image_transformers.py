@@ -1,4 +1,4 @@
-"""Transformers that denoise pictures: DiT, PixArt, Stable Diffusion 3, Flux, Qwen-Image."""
+"""Transformers that denoise pictures: DiT, PixArt, Stable Diffusion 3, Flux 1 and 2, Qwen-Image."""
 
 from __future__ import annotations
 
@@ -86,18 +86,29 @@ def build_sd3(model: nn.Module) -> DenoiserView:
 
 
 def build_flux(model: nn.Module) -> DenoiserView:
+    return _double_and_single(model, "flux", ("vision", "text"), ("text", "vision"))
+
+
+def build_flux2(model: nn.Module) -> DenoiserView:
+    # Single blocks take and return both streams as one sequence.
+    return _double_and_single(model, "flux2", ("joint",), ("joint",))
+
+
+def _double_and_single(model: nn.Module, name: str, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> DenoiserView:
+    """View of a model with two kinds of blocks, text first; `inputs` and `outputs` are those of the single ones."""
     blocks: list[DenoiserBlock] = []
     attentions: list[AttentionSite] = []
+    streams = {"double": (("vision", "text"), ("text", "vision")), "single": (inputs, outputs)}
     for part, holder in (("double", "transformer_blocks"), ("single", "single_transformer_blocks")):
         for index, block in enumerate(module_of(model, holder).children()):
             path = f"{holder}.{index}"
             number = len(blocks)
-            blocks.append(DenoiserBlock(number, path, block, part, 0, ("vision", "text"), ("text", "vision")))
+            blocks.append(DenoiserBlock(number, path, block, part, 0, *streams[part]))
             attentions.append(AttentionSite(f"{path}.attn", module_of(block, "attn"), "joint", number, "first"))
     return DenoiserView(
         model=model,
         family="mmdit",
-        architecture="flux",
+        architecture=name,
         blocks=tuple(blocks),
         attentions=tuple(attentions),
         sample_name="hidden_states",
@@ -141,8 +152,9 @@ def _grid_of_ids(sample_shape: Sequence[int], call: Mapping[str, Any]) -> Grid:
         raise ConfigError(
             "the tokens of Flux are packed: pass img_ids of the denoiser call to know their grid", "img_ids"
         )
-    ids = ids.reshape(-1, ids.shape[-1])
-    # Kontext appends a reference picture, which differs from the generated one in the first id.
+    # Flux 2 passes ids of every sample, all alike.
+    ids = ids[0] if ids.dim() == 3 else ids
+    # Kontext and Flux 2 append reference pictures, which differ from the generated one in the first id.
     return _checked(token_positions(ids[ids[:, 0] == ids[0, 0]]), sample_shape, "img_ids")
 
 
@@ -172,4 +184,5 @@ register_denoiser_family("dit", ("DiTTransformer2DModel",), build_dit)
 register_denoiser_family("pixart", ("PixArtTransformer2DModel",), build_pixart)
 register_denoiser_family("sd3", ("SD3Transformer2DModel",), build_sd3)
 register_denoiser_family("flux", ("FluxTransformer2DModel",), build_flux)
+register_denoiser_family("flux2", ("Flux2Transformer2DModel",), build_flux2)
 register_denoiser_family("qwen-image", ("QwenImageTransformer2DModel",), build_qwen_image)

@@ -1,4 +1,4 @@
-"""Transformers that denoise video: Wan, HunyuanVideo, CogVideoX."""
+"""Transformers that denoise video: Wan, HunyuanVideo 1 and 1.5, CogVideoX."""
 
 from __future__ import annotations
 
@@ -69,6 +69,34 @@ def build_hunyuan_video(model: nn.Module) -> DenoiserView:
     )
 
 
+def build_hunyuan_video_15(model: nn.Module) -> DenoiserView:
+    config = config_of(model)
+    patch = Grid(config.patch_size_t, config.patch_size, config.patch_size)
+    blocks: list[DenoiserBlock] = []
+    attentions: list[AttentionSite] = []
+    for index, block in enumerate(module_of(model, "transformer_blocks").children()):
+        path = f"transformer_blocks.{index}"
+        blocks.append(DenoiserBlock(index, path, block, "double", 0, ("vision", "text"), ("vision", "text")))
+        attentions.append(AttentionSite(f"{path}.attn", module_of(block, "attn"), "joint", index, "last"))
+    return DenoiserView(
+        model=model,
+        family="mmdit",
+        architecture="hunyuan-video-15",
+        blocks=tuple(blocks),
+        attentions=tuple(attentions),
+        sample_name="hidden_states",
+        timestep_name="timestep",
+        text_name="encoder_hidden_states",
+        first=module_of(model, "x_embedder"),
+        last=module_of(model, "proj_out"),
+        rotary=module_of(model, "rope"),
+        patch=patch,
+        grid_of=patched_grid(patch),
+        # The model sorts the tokens of both texts and of a first frame: those that are no padding come first.
+        more_text=("encoder_hidden_states_2", "image_embeds"),
+    )
+
+
 def build_cogvideox(model: nn.Module) -> DenoiserView:
     config = config_of(model)
     patch = Grid(config.patch_size_t or 1, config.patch_size, config.patch_size)
@@ -98,4 +126,5 @@ def build_cogvideox(model: nn.Module) -> DenoiserView:
 
 register_denoiser_family("wan", ("WanTransformer3DModel",), build_wan)
 register_denoiser_family("hunyuan-video", ("HunyuanVideoTransformer3DModel",), build_hunyuan_video)
+register_denoiser_family("hunyuan-video-15", ("HunyuanVideo15Transformer3DModel",), build_hunyuan_video_15)
 register_denoiser_family("cogvideox", ("CogVideoXTransformer3DModel",), build_cogvideox)
