@@ -79,6 +79,17 @@ def test_the_residual_falls_back_to_p_where_rounding_leaves_nothing(backend):
     assert tokens[0].tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_without_a_distribution_show_in_p_and_draw_a_column_that_exists(backend, value, generator):
+    arguments = list(made(2, 3, 37, torch.float32, generator))
+    arguments[0][0, 1] = value
+    arguments[7].fill_(-1)
+    tokens, _, p = call(arguments, threshold=None)
+    assert p[0, 1].isnan().all()
+    assert p[1].isfinite().all()
+    assert ((tokens >= 0) & (tokens < 37)).all()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "named"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -36,15 +37,20 @@ def llama(tiny):
         ("refresh", "coupled", "'independent', 'maximal', 'gumbel'"),
         ("init", "below", "'above'"),
         ("seed", -1, "0 <= seed"),
+        ("seed", 2**64, "seed < 2**64"),
+        ("seed", 1.5, "int"),
         ("guidance_batch", "both", "'joint', 'sequential'"),
         ("vocab_slice", "on", "'auto', 'off'"),
         ("prob_dtype", "bfloat16", "'float32', 'float64'"),
         ("cache", "static", "'ragged', 'dynamic'"),
         ("relax", 1.0, "0 <= relax < 1"),
         ("relax", -0.1, "0 <= relax < 1"),
+        ("relax", float("nan"), "0 <= relax < 1"),
+        ("relax", "0.1", "float"),
         ("compile", "default", "'reduce-overhead'"),
         ("backend", "cuda", "'triton'"),
         ("stop_margin", -1, "at least 0"),
+        ("stop_margin", 1.5, "int"),
     ],
 )
 def test_every_field_refuses_what_is_not_valid(field, value, valid):
@@ -93,6 +99,20 @@ def test_kernels_need_a_gpu(llama):
         generate(llama.model, ids, sjd.SJDConfig(backend="triton"))
 
 
+@pytest.mark.parametrize(
+    ("config", "options", "why"),
+    [({"init": "above_sample"}, {}, "above_sample"), ({"relax": 0.1}, {}, "relax"), ({}, {"top_p": 0.9}, "top-p")],
+    ids=["init", "relax", "top_p"],
+)
+@pytest.mark.filterwarnings("ignore:relax")
+def test_kernels_that_were_asked_for_and_cannot_run_are_an_error(config, options, why, tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    family = tiny("emu3", torch.float32)
+    applied = sjd.applied(family.model, sjd.SJDConfig(backend="triton", **config))
+    with applied, pytest.raises(ConfigError, match=f"SJDConfig.backend = 'triton' .*{why}"):
+        family.generate(**options)
+
+
 GREEDY = {"do_sample": False, "top_k": None}
 
 
@@ -126,6 +146,33 @@ def test_padding_on_the_right_is_refused(llama):
         generate(llama.model, ids, attention_mask=mask)
 
 
+def test_padding_of_a_negative_prompt_is_named(llama):
+    ids, _ = llama.prompt()
+    name, options = "negative_prompt_attention_mask", {"guidance_scale": 2.0, "negative_prompt_ids": ids}
+    for mask, named in ((torch.tensor([[1, 1, 1, 1, 0]]).expand(2, -1), "left"), (torch.ones(2, 4), r"\(2, 5\)")):
+        with pytest.raises(ConfigError, match=f"{name} .*{named}"):
+            generate(llama.model, ids, **options, **{name: mask})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"attention_mask": torch.tensor([[1, 1, 1, 1, 0]]).expand(2, -1)}, "attention_mask .*left"),
+        ({"num_beams": 2}, "num_beams"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+        ({"streamer": object()}, "token_streamer"),
+        ({"token_streamer": object()}, "token_streamer"),
+    ],
+    ids=lambda one: next(iter(one)) if isinstance(one, dict) else "",
+)
+def test_a_loop_of_its_own_refuses_what_the_others_refuse(options, named, tiny):
+    family = tiny("janus", torch.float32)
+    ids, mask = family.prompt()
+    asked = {"attention_mask": mask, "generation_mode": "image", "do_sample": True, "guidance_scale": 1.0} | options
+    with sjd.applied(family.model), pytest.raises(ConfigError, match=named):
+        family.model.generate(ids, **asked)
+
+
 def test_both_numbers_are_named_when_an_answer_does_not_fit(llama, tiny):
     ids, _ = llama.prompt()
     with pytest.raises(ConfigError, match=r"205 .* 128"):
@@ -137,10 +184,12 @@ def test_both_numbers_are_named_when_an_answer_does_not_fit(llama, tiny):
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("cache", ["ragged", "dynamic"])
-@pytest.mark.parametrize("do_sample", [True, False])
-def test_logits_that_are_not_finite_are_an_error_with_row_and_position(value, cache, do_sample, llama, monkeypatch):
+@pytest.mark.parametrize("way", ["sampled", "greedy", "kernels"])
+def test_logits_that_are_not_finite_are_an_error_with_row_and_position(value, cache, way, llama, monkeypatch):
     """From position 4 of the answer on, the head gives nothing."""
     ids, _ = llama.prompt(1)
+    monkeypatch.setattr(Engine, "_use_kernels", lambda self: way == "kernels")
+    options = {"greedy": GREEDY, "sampled": {}, "kernels": {"top_k": 7}}[way]
     reached = []
 
     def broken(module, args, kwargs, output):
@@ -161,8 +210,7 @@ def test_logits_that_are_not_finite_are_an_error_with_row_and_position(value, ca
     monkeypatch.setattr(Engine, "__init__", watched)
     try:
         with pytest.raises(RuntimeError, match="row 0 at position 4"):
-            generate(llama.model, ids, sjd.SJDConfig(window=3, cache=cache), do_sample=do_sample,
-                     top_k=0 if do_sample else None)  # fmt: skip
+            generate(llama.model, ids, sjd.SJDConfig(window=3, cache=cache), **options)
     finally:
         hook.remove()
     # The pass that failed committed nothing, and the last final token was not read yet.
@@ -229,7 +277,7 @@ def test_unknown_models_and_attention_that_cannot_roll_back_are_refused():
     model.config._attn_implementation_internal = "flex_attention"
     with pytest.raises(UnsupportedModelError, match="flex_attention"):
         sjd.apply(model)
-    assert "generate" not in vars(model)
+    assert not any("generate" in vars(one) for one in (sliding, encoder, model))
 
 
 def test_caches_that_hold_tokens_or_are_quantised_are_refused(llama):
@@ -267,10 +315,19 @@ def test_processors_that_a_window_would_confuse_are_refused(llama):
         generate(llama.model, ids, logits_processor=LogitsProcessorList([ClassifierFreeGuidanceLogitsProcessor(2.0)]))
 
 
-def test_the_default_top_k_of_transformers_is_pointed_out_for_images(tiny):
-    family = tiny("chameleon", torch.float32)
-    with sjd.applied(family.model), pytest.warns(UserWarning, match="generation_config.top_k"):
-        family.generate(top_k=50)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("chameleon", {"max_new_tokens": 16}), ("janus", {"generation_mode": "image", "guidance_scale": 1.0})],
+)
+def test_the_default_top_k_of_transformers_is_pointed_out_for_images(name, options, tiny):
+    family = tiny(name, torch.float32)
+    ids, mask = family.prompt()
+    with sjd.applied(family.model):
+        with pytest.warns(UserWarning, match="generation_config.top_k"):
+            family.model.generate(ids, attention_mask=mask, do_sample=True, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            family.generate(top_k=0)
 
 
 def test_glm_image_needs_its_grids_and_takes_no_guidance(tiny):

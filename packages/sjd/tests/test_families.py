@@ -40,6 +40,22 @@ def test_guidance_is_that_of_plain_sampling_in_one_pass_or_two(name, tiny):
         assert drawn(family, 3.0, window=6, seed=3, guidance_batch=batch, **MATCH)[0].equal(plain)
 
 
+@pytest.mark.parametrize("name", ["emu3", "janus", "llamagen_caption"])
+def test_sequential_guidance_reads_half_of_the_rows_at_a_time(name, tiny):
+    family, rows = tiny(name, torch.float32), {"joint": set(), "sequential": set()}
+    make = sjd.engine.Side.__init__
+    for batch, seen in rows.items():
+
+        def counted(side, adapter, prompt, *arguments, seen=seen):
+            seen.add(len(prompt.embeds))
+            make(side, adapter, prompt, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sjd.engine.Side, "__init__", counted)
+            drawn(family, 2.0, window=5, guidance_batch=batch)
+    assert rows == {"joint": {4}, "sequential": {2}}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
@@ -117,8 +133,12 @@ def test_odd_grids_have_their_line_ends_and_end_tokens(name, window, tiny):
 @pytest.mark.parametrize("name", ["chameleon", "emu3"])
 def test_the_whole_head_and_a_slice_of_it_draw_the_same(name, tiny):
     family = tiny(name)
-    found = [drawn(family, window=5, seed=2, vocab_slice=which, **MATCH)[0] for which in ("auto", "off")]
-    assert found[0].equal(found[1])
+    (sliced, narrow), (whole, wide) = (
+        drawn(family, window=5, seed=2, vocab_slice=which, **MATCH) for which in ("auto", "off")
+    )
+    assert sliced.equal(whole)
+    columns = family.model.lm_head.weight.shape[0]
+    assert narrow["probability_bytes"] * columns == wide["probability_bytes"] * sjd_models.CODES
 
 
 def test_a_slice_of_a_head_has_its_bias_and_whoever_hooked_it_is_asked(rng):

@@ -51,6 +51,27 @@ def test_accepted_lengths_are_those_of_a_loop_over_positions(rng):
         assert found[row] == count
 
 
+def test_tests_and_residuals_are_those_of_transformers(rng, monkeypatch):
+    """64 rows of its speculative sampling with our uniform numbers: how many match, and the law it then draws from."""
+    from transformers.generation.utils import _speculative_sampling
+
+    drafts, q, p, u, _ = step_arguments(rng)
+    found, laws, uniforms = accept_lengths(drafts, q, p, u), [], iter(u)
+
+    def multinomial(law, num_samples):
+        laws.append(law[0])
+        return law.argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(torch, "rand_like", lambda like: next(uniforms))
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    for row in range(64):
+        _, count = _speculative_sampling(drafts[row, None], q[row, None].log(), 5, p[row, None].log())
+        assert found[row] == count
+        expected = p[row, 5] if count == 5 else residual_probs(p[row, count], q[row, count])
+        torch.testing.assert_close(expected, laws[row], atol=1e-6, rtol=0)
+    assert set(range(4)) < set(found.tolist())
+
+
 def test_a_draft_that_q_excludes_passes_where_p_does_not_exclude_it():
     q = torch.tensor([[[0.0, 1.0]], [[0.0, 1.0]]])
     p = torch.tensor([[[0.5, 0.5]], [[0.0, 1.0]]])
@@ -150,6 +171,13 @@ def test_noise_is_gumbel_and_its_argmax_has_the_law_of_the_probabilities():
     probs = torch.tensor([0.5, 0.25, 0.15, 0.1, 0.0])
     share = torch.bincount((probs.log() + noise).argmax(-1), minlength=5) / 40_000
     assert (share - probs).abs().max() < 5 * (0.25 / 40_000) ** 0.5
+
+
+@pytest.mark.gpu
+def test_noise_is_the_same_on_a_gpu():
+    place = torch.arange(3), torch.arange(12).view(3, 4)
+    here, there = (gumbel(2**40 + 3, *place, 1000, stream=2, device=device) for device in ("cpu", "cuda"))
+    torch.testing.assert_close(there.cpu(), here, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["seed", "stream"])
@@ -361,6 +389,23 @@ def test_sampled_schemes_draw_from_the_neighbours_law_and_say_so(rng):
     torch.testing.assert_close(laws[0, 3], torch.full((10,), 0.1, dtype=F64))
     share = torch.bincount(drafts[:, 1] - 10, minlength=10) / 4000
     assert (share - law).abs().max() < 5 * (0.25 / 4000) ** 0.5
+
+
+def test_a_draw_from_above_takes_the_law_of_the_cell_above(rng):
+    tokens, first = known([7] * 2000)
+    places = normal(rng, 40, 10)
+
+    def stored(source):
+        return places[source.clamp(min=0)]
+
+    drafts, laws = initial_drafts(
+        tokens, first, 4, GRID, scheme="above_sample", generator=rng, neighbour_probs=stored, offset=10
+    )
+    # 7 and 8 stand under 2 and 3, 9 is a line end, 10 stands under 5.
+    for place, above in ((0, 2), (1, 3), (3, 5)):
+        torch.testing.assert_close(laws[0, place], places[above])
+        share = torch.bincount(drafts[:, place] - 10, minlength=10) / 2000
+        assert (share - places[above]).abs().max() < 5 * (0.25 / 2000) ** 0.5
 
 
 def test_a_uniform_guess_passes_as_often_as_p_overlaps_with_it_and_a_random_one_once_in_all_tokens(rng):

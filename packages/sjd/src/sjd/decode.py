@@ -66,7 +66,8 @@ def decode(
     """
     session = Session(model, sjd_config) if sjd_session is None else sjd_session
     config, adapter = session.config, session.adapter
-    _check_mode(generation_config, model_kwargs, token_streamer, len(input_ids))
+    check_generation_mode(generation_config, token_streamer, len(input_ids))
+    _check_arguments(generation_config, model_kwargs)
     do_sample = bool(generation_config.do_sample)
     # transformers lets a prompt stay on the CPU.
     ids = input_ids.to(adapter.device)
@@ -77,12 +78,7 @@ def decode(
     processing = Processing.of(logits_processor)
     grammar = resolve_grammar(adapter, inputs, sjd_grammar, new_tokens)
     check_config(config, grammar, do_sample, len(input_ids))
-    if grammar.has_grid and generation_config.top_k == 50 and _has_top_k(processing):
-        warnings.warn(
-            "generation_config.top_k = 50, the default of transformers, narrows what an image model draws; set it to "
-            "what the model was made for (1000 to 2000), or to 0",
-            stacklevel=2,
-        )
+    warn_of_top_k(generation_config, processing, grammar)
     prompts = [adapter.prompt(inputs)]
     if processing.guidance is not None:
         prompts.append(adapter.prompt(_unconditional(adapter, inputs, processing)))
@@ -159,8 +155,18 @@ def check_length(adapter: Adapter, prompts: list[Prompt], grammar: ImageGrammar)
         )
 
 
-def check_generation_mode(generation_config: Any) -> None:
-    """Raise `ConfigError` for anything but sampling or greedy search."""
+def warn_of_top_k(generation_config: Any, processing: Processing, grammar: ImageGrammar) -> None:
+    """Warn when an image is sampled with the top-k that transformers has for text."""
+    if grammar.has_grid and generation_config.top_k == 50 and _has_top_k(processing):
+        warnings.warn(
+            "generation_config.top_k = 50, the default of transformers, narrows what an image model draws; set it to "
+            "what the model was made for (1000 to 2000), or to 0",
+            stacklevel=3,
+        )
+
+
+def check_generation_mode(generation_config: Any, streamer: Any, rows: int) -> None:
+    """Raise `ConfigError` for anything but sampling or greedy search of tokens alone, streamed for one row at most."""
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
         raise ConfigError(
@@ -172,13 +178,14 @@ def check_generation_mode(generation_config: Any) -> None:
         raise ConfigError(
             f"penalty_alpha = {generation_config.penalty_alpha} is not valid with sjd: leave it out", "penalty_alpha"
         )
-
-
-def _check_mode(generation_config: Any, model_kwargs: dict[str, Any], streamer: Any, rows: int) -> None:
-    check_generation_mode(generation_config)
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(generation_config, name, False):
             raise ConfigError(f"{name} = True is not valid with sjd: windows hold guesses; use sequences alone", name)
+    if streamer is not None and rows != 1:
+        raise ConfigError(f"token_streamer takes one row, there are {rows}", "token_streamer")
+
+
+def _check_arguments(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
     cache = model_kwargs.pop("past_key_values", None)
     if cache is not None and cache.get_seq_length() > 0:
         raise ConfigError(
@@ -195,8 +202,6 @@ def _check_mode(generation_config: Any, model_kwargs: dict[str, Any], streamer: 
         )
     if model_kwargs.get("inputs_embeds") is not None:
         raise ConfigError("inputs_embeds is not valid with sjd: input_ids", "inputs_embeds")
-    if streamer is not None and rows != 1:
-        raise ConfigError(f"token_streamer takes one row, there are {rows}", "token_streamer")
 
 
 def _unconditional(adapter: Adapter, inputs: Inputs, processing: Processing) -> Inputs:
@@ -209,9 +214,13 @@ def _unconditional(adapter: Adapter, inputs: Inputs, processing: Processing) -> 
         raise ConfigError(
             f"negative_prompt_ids has {len(guidance.ids)} rows; valid: 1 or {rows}", "negative_prompt_ids"
         )
-    ids = guidance.ids.to(inputs.ids.device).expand(rows, -1)
-    mask = torch.ones_like(ids) if guidance.mask is None else guidance.mask.to(ids.device).expand(rows, -1)
-    return Inputs(ids, check_padding(mask.to(torch.bool)))
+    name, mask = "negative_prompt_attention_mask", guidance.mask
+    if mask is None:
+        mask = torch.ones_like(guidance.ids)
+    elif mask.shape != guidance.ids.shape:
+        raise ConfigError(f"{name} of shape {tuple(mask.shape)} is not valid: {tuple(guidance.ids.shape)}", name)
+    ids, mask = (one.to(inputs.ids.device).expand(rows, -1) for one in (guidance.ids, mask))
+    return Inputs(ids, check_padding(mask.to(torch.bool), name))
 
 
 def _has_top_k(processing: Processing) -> bool:

@@ -22,6 +22,7 @@ from sjd.decode import (
     decode,
     processors_of,
     resolve_grammar,
+    warn_of_top_k,
 )
 from sjd.engine import Engine, Request
 from sjd.processing import Guidance, Processing
@@ -71,9 +72,9 @@ def _janus(
         return original(inputs, attention_mask, logits_processor, **kwargs)
     kwargs.pop("generation_mode")
     generator, callback = kwargs.pop("generator", None), kwargs.pop("progress_callback", None)
-    streamer, grammar_choice = kwargs.pop("token_streamer", None), kwargs.pop("sjd_grammar", "auto")
+    streamer, grammar_choice = kwargs.pop("streamer", None), kwargs.pop("sjd_grammar", "auto")
+    streamer = kwargs.pop("token_streamer", streamer)
     config, model_kwargs = model._prepare_generation_config(kwargs.pop("generation_config", None), **kwargs)
-    check_generation_mode(config)
     config.validate()
     model._validate_model_kwargs(model_kwargs.copy())
     if config.guidance_scale is None:
@@ -93,11 +94,13 @@ def _janus(
     ids, expanded = model._expand_inputs_for_generation(
         input_ids=ids, attention_mask=mask, expand_size=config.num_return_sequences or 1
     )
+    check_generation_mode(config, streamer, len(ids))
     adapter = session.adapter
     asked = Inputs(ids, check_padding(expanded["attention_mask"].to(torch.bool)))
     processing = Processing.of(processors)
     grammar = resolve_grammar(adapter, asked, grammar_choice, model.model.vision_model.config.num_image_tokens)
     check_config(session.config, grammar, bool(config.do_sample), len(ids))
+    warn_of_top_k(config, processing, grammar)
     prompts = [adapter.prompt(asked)]
     if scale != 1:
         processing.guidance = Guidance(scale)

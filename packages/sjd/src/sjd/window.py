@@ -52,7 +52,11 @@ class Window:
         self.size, self.columns, self.offset = size, columns, offset
         self.grammar = grammar.to(device)
         self.draw, self.eos, self.seed = draw, eos, seed
-        self.refresh, self.scheme, self.margin = config.refresh, config.init, config.stop_margin
+        self.refresh, self.margin = config.refresh, config.stop_margin
+        self.scheme = config.init
+        if self.scheme in SAMPLED and not do_sample:
+            # There are scores and no distributions: what a neighbour is drawn from is certain, and drawing is copying.
+            self.scheme = "left" if self.scheme == "left_sample" else "above"
         # Greedy decoding compares: a random test would not be greedy.
         self.verify = config.verify if do_sample else "match"
         self.noise = do_sample and (self.verify == "match" or self.refresh == "gumbel")
