@@ -300,16 +300,26 @@ def test_a_folder_of_transformers_is_measured_from_the_command_line(tmp_path, ti
     family = tiny("emu3", torch.float32)
     family.model.save_pretrained(tmp_path)
 
-    def processor(text, **options):
-        ids, mask = family.prompt(1)
-        return {"input_ids": ids, "attention_mask": mask, "image_sizes": [[4, 4]]}
+    class Processor:
+        image_area, downsample_ratio = 90**2 * 64, 8
 
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name: processor)
-    shown = CliRunner().invoke(app, ["bench", str(tmp_path), "--windows", "3,6", "--images", "1"])
+        def __call__(self, text, **options):
+            ids, mask = family.prompt(1)
+            side = round(self.image_area**0.5) // 8
+            return {"input_ids": ids, "attention_mask": mask, "image_sizes": [[side, side]]}
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name: Processor())
+    shown = CliRunner().invoke(app, ["bench", str(tmp_path), "--windows", "3,6", "--images", "1", "--size", "4"])
     assert shown.exit_code == 0, shown.output
     rows = [line.split() for line in shown.stdout.splitlines() if line.strip()]
     assert [row[0] for row in rows] == ["window", "none", "3", "6"]
     # A picture of 4 x 4 with line ends and three ends behind it.
     assert all(6 <= float(row[1]) < 23 for row in rows[2:])
-    missing = CliRunner().invoke(app, ["bench", str(tmp_path / "none")])
-    assert missing.exit_code == 2
+    # What the processor asks for is too much for the model, which is told before anything is drawn.
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("something is drawn"))
+    large = CliRunner().invoke(app, ["bench", str(tmp_path), "--windows", "3"])
+    assert large.exit_code == 2
+    assert "max_position_embeddings" in large.output
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name: Processor().__call__)
+    for wrong in ((str(tmp_path / "none"),), (str(tmp_path), "--size", "4"), ("ar-world", "--size", "4")):
+        assert CliRunner().invoke(app, ["bench", *wrong]).exit_code == 2, wrong

@@ -20,6 +20,7 @@ def bench(
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 2.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
     device: Annotated[str, typer.Option(help="Device.")] = "cpu",
+    size: Annotated[int, typer.Option(help="Side of the picture in tokens; 0 is what the processor asks for.")] = 0,
 ) -> None:
     """Count passes and seconds of a picture, by window and without sjd."""
     try:
@@ -29,7 +30,7 @@ def bench(
     try:
         from sjd.bench.of_model import measure_model
 
-        lines = measure_model(model, sizes, prompt, images, refresh, guidance, top_k, device)
+        lines = measure_model(model, sizes, prompt, images, refresh, guidance, top_k, device, size)
         for line in lines:
             typer.echo(line)
     except (ValueError, FileNotFoundError) as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sjd.adapters.base import Inputs
 from sjd.apply import applied, target_of
 from sjd.config import SJDConfig
+from sjd.decode import check_length
 
 Draw = Callable[[int], Any]
 WIDTHS = (8, 8, 16, 12, 14, 9)
@@ -27,12 +28,19 @@ def measure_model(
     guidance: float,
     top_k: int,
     device: str,
+    size: int = 0,
 ) -> Iterator[str]:
-    """Lines of a table. Raises `ConfigError` for wrong windows or refresh, what loading the model raises."""
+    """Lines of a table. `size` is the side of a picture in tokens, 0 what the model's processor asks for.
+
+    Raises `ConfigError` for wrong windows or refresh, or a picture that the model has too few positions for; ValueError
+    for wrong images or size; what loading the model raises.
+    """
     configs = [SJDConfig.from_dict({"window": size, "refresh": refresh}) for size in windows]
     if images < 1:
         raise ValueError(f"images={images!r} must be at least 1")
-    prepare = _zoo if name == "ar-world" else partial(_transformers, name)
+    if size < 0 or (size and name == "ar-world"):
+        raise ValueError(f"size={size!r} must be 0, or a side in tokens of a model that draws several sizes")
+    prepare = _zoo if name == "ar-world" else partial(_transformers, name, size)
     model, draw, ours = prepare(prompt, guidance, top_k, device)
     heads = ("passes", "tokens per pass", "ms per pass", "s per picture", "speed-up")
     yield " ".join(f"{head:>{width}}" for head, width in zip(("window", *heads), WIDTHS, strict=True))
@@ -74,12 +82,18 @@ def _zoo(prompt: str, guidance: float, top_k: int, device: str) -> tuple[Any, Dr
     return pipeline, draw, draw
 
 
-def _transformers(name: str, prompt: str, guidance: float, top_k: int, device: str) -> tuple[Any, Draw, Draw]:
+def _transformers(
+    name: str, size: int, prompt: str, guidance: float, top_k: int, device: str
+) -> tuple[Any, Draw, Draw]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True).eval().to(device)
     processor = AutoProcessor.from_pretrained(name)
+    if size:
+        if not hasattr(processor, "image_area"):
+            raise ValueError(f"size={size!r} must be 0: {type(processor).__name__} asks for one size")
+        processor.image_area = (size * processor.downsample_ratio) ** 2
     _, adapter = target_of(model)
     made = adapter.inputs_for(processor, [prompt or "a lighthouse at dusk"])
     inputs: dict[str, Any] = {key: one.to(device) if isinstance(one, Tensor) else one for key, one in made.items()}
@@ -88,6 +102,9 @@ def _transformers(name: str, prompt: str, guidance: float, top_k: int, device: s
     asked = Inputs(ids, torch.ones_like(ids, dtype=torch.bool), inputs, grid)
     grammar = adapter.grammar(asked)
     alone, ours = {}, {} if grid is None else {"image_grid": grid}
+    if grammar is not None:
+        # Before anything is drawn: without sjd the model would not notice.
+        check_length(adapter, [adapter.prompt(asked)], grammar)
     if grammar is not None and "generation_mode" not in inputs:
         inputs["max_new_tokens"] = grammar.length
         # Without a grammar, the model might end the picture early.
