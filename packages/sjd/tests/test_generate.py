@@ -380,10 +380,13 @@ def test_greedy_guesses_that_draw_from_a_neighbour_copy_it(tiny):
     assert found["above_sample"] == found["above"]
 
 
-def test_the_window_may_reach_far_behind_the_end(tiny):
-    family = tiny("llamagen", torch.float32)
-    with sjd.applied(family.model, sjd.SJDConfig(window=256)):
-        assert family.generate().shape == (2, 16)
+@pytest.mark.parametrize("name", ["emu3", "llamagen"])
+@torch.no_grad()
+def test_the_window_may_reach_far_behind_the_end(name, tiny):
+    family = tiny(name)
+    config = sjd.SJDConfig(window=256, verify="match", refresh="gumbel", seed=7, prob_dtype="float64")
+    with sjd.applied(family.model, config):
+        assert family.generate().equal(family.with_noise(7))
 
 
 def test_auto_tries_windows_between_images_and_keeps_the_fastest(tiny, monkeypatch):
