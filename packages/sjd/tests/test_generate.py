@@ -14,7 +14,9 @@ from torch import nn
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as processors
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*called once for each position:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*called once for each position:UserWarning", "ignore:generation_config.top_k:UserWarning"
+)
 
 
 def generate(model, ids, config=None, tokens=16, **options):
