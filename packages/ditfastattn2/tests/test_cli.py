@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 @pytest.fixture
 def pared():
     """Runs `pared ditfastattn2` with the given arguments."""
-    return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
+    # Messages hold long paths, which must not be broken.
+    return lambda *arguments: CliRunner(env={"COLUMNS": "400"}).invoke(app, list(map(str, arguments)))
 
 
 @pytest.fixture
