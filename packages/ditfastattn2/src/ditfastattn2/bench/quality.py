@@ -28,6 +28,7 @@ from ditfastattn2.bench.world import (
 from ditfastattn2.plan import Plan
 
 DELTAS = (0.05, 0.2, 0.6, 1.0, 2.0)
+"""For as many heads as large models have (`World.config`)."""
 BASIS = 0.5
 """Share of attention removed at which everything else is compared, with the plan that comes nearest to it."""
 ARROWS_ALONE = "arrows alone"

@@ -25,6 +25,8 @@ TEXT_TOKENS = 32
 """`max_sequence_length` of the pipeline; the tokens of the first two text encoders come on top."""
 BATCH = 16
 CALIBRATION_PROMPTS = 8
+LARGE_HEADS = 24
+"""Heads of a layer of Flux and Stable Diffusion 3, for which the paper's deltas are meant."""
 BLOCK = (32, 32)
 """Blocks for 576 tokens: those of the kernel's default would cover a quarter of the picture each."""
 
@@ -83,8 +85,13 @@ class World:
         return {"guidance_scale": GUIDANCE, "max_sequence_length": TEXT_TOKENS}
 
     def config(self, delta: float, **options: Any) -> DiTFastAttnV2Config:
-        """The configuration for 576 tokens."""
-        return DiTFastAttnV2Config(**{"delta": delta, "block": BLOCK, **options})
+        """The configuration for 576 tokens and few heads.
+
+        A layer's errors sum up to `delta` at most. With fewer heads the same sum would allow each of them more, so it is
+        taken as that of a layer with `LARGE_HEADS`.
+        """
+        scaled = delta * self.pipe.transformer.config.num_attention_heads / LARGE_HEADS
+        return DiTFastAttnV2Config(**{"delta": scaled, "block": BLOCK, **options})
 
     def calibrate(
         self,
