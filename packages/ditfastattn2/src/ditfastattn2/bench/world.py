@@ -87,8 +87,8 @@ class World:
     def config(self, delta: float, **options: Any) -> DiTFastAttnV2Config:
         """The configuration for 576 tokens and few heads.
 
-        A layer's errors sum up to `delta` at most. With fewer heads the same sum would allow each of them more, so it is
-        taken as that of a layer with `LARGE_HEADS`.
+        A layer's errors sum up to `delta` at most. With fewer heads the same sum would allow each of them more, so it
+        is taken as that of a layer with `LARGE_HEADS`.
         """
         scaled = delta * self.pipe.transformer.config.num_attention_heads / LARGE_HEADS
         return DiTFastAttnV2Config(**{"delta": scaled, "block": BLOCK, **options})
