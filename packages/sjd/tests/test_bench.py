@@ -320,6 +320,10 @@ def test_a_folder_of_transformers_is_measured_from_the_command_line(tmp_path, ti
     large = CliRunner().invoke(app, ["bench", str(tmp_path), "--windows", "3"])
     assert large.exit_code == 2
     assert "max_position_embeddings" in large.output
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda name: Processor().__call__)
-    for wrong in ((str(tmp_path / "none"),), (str(tmp_path), "--size", "4"), ("ar-world", "--size", "4")):
+    one_size = tmp_path / "chameleon"
+    tiny("chameleon", torch.float32).model.save_pretrained(one_size)
+    several = CliRunner().invoke(app, ["bench", str(one_size), "--size", "4"])
+    assert several.exit_code == 2
+    assert "size" in several.output
+    for wrong in ((str(tmp_path / "none"),), ("ar-world", "--size", "4")):
         assert CliRunner().invoke(app, ["bench", *wrong]).exit_code == 2, wrong

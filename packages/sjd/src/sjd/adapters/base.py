@@ -198,6 +198,10 @@ class Adapter:
         """
         raise UnsupportedModelError(f"{type(self.model).__name__}: sjd does not know how its processor asks for images")
 
+    def resize(self, processor: Any, side: int) -> None:
+        """Let the processor ask for squares of `side` tokens; ValueError where it asks for one size alone."""
+        raise ValueError(f"size={side!r} must be 0: {type(processor).__name__} asks for one size")
+
 
 def check_padding(mask: Tensor, name: str = "attention_mask") -> Tensor:
     """Return the mask (B, P) bool; raises `ConfigError` naming it unless padding is on the left alone."""

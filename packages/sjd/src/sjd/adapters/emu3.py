@@ -109,6 +109,10 @@ class Emu3(Adapter):
         order = [mapping.bpe2img[token] for token in mapping.image_tokens]
         return self.model.model.vqmodel.quantize.embedding.weight[order]
 
+    def resize(self, processor: Any, side: int) -> None:
+        """Let the processor ask for squares of `side` tokens."""
+        processor.image_area = (side * processor.downsample_ratio) ** 2
+
     def inputs_for(self, processor: Any, prompts: list[str]) -> dict[str, Any]:
         """Prompts with the header of the processor's default size, padded on the left."""
         made = processor(

@@ -35,7 +35,7 @@ def measure_model(
     Raises `ConfigError` for wrong windows or refresh, or a picture that the model has too few positions for; ValueError
     for wrong images or size; what loading the model raises.
     """
-    configs = [SJDConfig.from_dict({"window": size, "refresh": refresh}) for size in windows]
+    configs = [SJDConfig.from_dict({"window": window, "refresh": refresh}) for window in windows]
     if images < 1:
         raise ValueError(f"images={images!r} must be at least 1")
     if size < 0 or (size and name == "ar-world"):
@@ -90,11 +90,9 @@ def _transformers(
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True).eval().to(device)
     processor = AutoProcessor.from_pretrained(name)
-    if size:
-        if not hasattr(processor, "image_area"):
-            raise ValueError(f"size={size!r} must be 0: {type(processor).__name__} asks for one size")
-        processor.image_area = (size * processor.downsample_ratio) ** 2
     _, adapter = target_of(model)
+    if size:
+        adapter.resize(processor, size)
     made = adapter.inputs_for(processor, [prompt or "a lighthouse at dusk"])
     inputs: dict[str, Any] = {key: one.to(device) if isinstance(one, Tensor) else one for key, one in made.items()}
     ids = inputs["input_ids"]
