@@ -187,6 +187,29 @@ def patched_grid(patch: Grid, *, frames_first: bool = False) -> Callable[..., Gr
     return grid_of
 
 
+def joint_blocks(
+    model: nn.Module,
+    parts: Mapping[str, str],
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    text: Literal["first", "last"],
+    attention: str = "attn",
+) -> tuple[tuple[DenoiserBlock, ...], tuple[AttentionSite, ...]]:
+    """Blocks of joint attention, one site each: `parts` names the list that holds those of each part, in their order.
+
+    `inputs`, `outputs` and `text` are those of `DenoiserBlock` and `AttentionSite`, `attention` the module's name.
+    """
+    blocks: list[DenoiserBlock] = []
+    attentions: list[AttentionSite] = []
+    for part, holder in parts.items():
+        for index, block in enumerate(module_of(model, holder).children()):
+            path, number = f"{holder}.{index}", len(blocks)
+            blocks.append(DenoiserBlock(number, path, block, part, 0, inputs, outputs))
+            site = module_of(block, attention)
+            attentions.append(AttentionSite(f"{path}.{attention}", site, "joint", number, text))
+    return tuple(blocks), tuple(attentions)
+
+
 def module_of(parent: nn.Module, name: str) -> nn.Module:
     """Return a submodule by attribute name; raises `UnsupportedModelError` when it is not there."""
     part = getattr(parent, name, None)

@@ -14,6 +14,7 @@ from pared_hooks.views.denoiser import (
     DenoiserView,
     Grid,
     config_of,
+    joint_blocks,
     module_of,
     patched_grid,
     register_denoiser_family,
@@ -123,18 +124,14 @@ def _double_and_single(model: nn.Module, name: str, inputs: tuple[str, ...], out
 
 
 def build_qwen_image(model: nn.Module) -> DenoiserView:
-    blocks: list[DenoiserBlock] = []
-    attentions: list[AttentionSite] = []
-    for index, block in enumerate(module_of(model, "transformer_blocks").children()):
-        path = f"transformer_blocks.{index}"
-        blocks.append(DenoiserBlock(index, path, block, "double", 0, ("vision", "text"), ("text", "vision")))
-        attentions.append(AttentionSite(f"{path}.attn", module_of(block, "attn"), "joint", index, "first"))
+    parts = {"double": "transformer_blocks"}
+    blocks, attentions = joint_blocks(model, parts, ("vision", "text"), ("text", "vision"), "first")
     return DenoiserView(
         model=model,
         family="mmdit",
         architecture="qwen-image",
-        blocks=tuple(blocks),
-        attentions=tuple(attentions),
+        blocks=blocks,
+        attentions=attentions,
         sample_name="hidden_states",
         timestep_name="timestep",
         text_name="encoder_hidden_states",

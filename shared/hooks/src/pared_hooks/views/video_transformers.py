@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from pared_hooks.views.denoiser import (
@@ -10,6 +12,7 @@ from pared_hooks.views.denoiser import (
     DenoiserView,
     Grid,
     config_of,
+    joint_blocks,
     module_of,
     patched_grid,
     register_denoiser_family,
@@ -43,47 +46,28 @@ def build_wan(model: nn.Module) -> DenoiserView:
 
 
 def build_hunyuan_video(model: nn.Module) -> DenoiserView:
-    config = config_of(model)
-    patch = Grid(config.patch_size_t, config.patch_size, config.patch_size)
-    blocks: list[DenoiserBlock] = []
-    attentions: list[AttentionSite] = []
-    for part, holder in (("double", "transformer_blocks"), ("single", "single_transformer_blocks")):
-        for index, block in enumerate(module_of(model, holder).children()):
-            path, number = f"{holder}.{index}", len(blocks)
-            blocks.append(DenoiserBlock(number, path, block, part, 0, ("vision", "text"), ("vision", "text")))
-            attentions.append(AttentionSite(f"{path}.attn", module_of(block, "attn"), "joint", number, "last"))
-    return DenoiserView(
-        model=model,
-        family="mmdit",
-        architecture="hunyuan-video",
-        blocks=tuple(blocks),
-        attentions=tuple(attentions),
-        sample_name="hidden_states",
-        timestep_name="timestep",
-        text_name="encoder_hidden_states",
-        first=module_of(model, "x_embedder"),
-        last=module_of(model, "proj_out"),
-        rotary=module_of(model, "rope"),
-        patch=patch,
-        grid_of=patched_grid(patch),
-    )
+    parts = {"double": "transformer_blocks", "single": "single_transformer_blocks"}
+    return _hunyuan_video(model, "hunyuan-video", parts)
 
 
 def build_hunyuan_video_15(model: nn.Module) -> DenoiserView:
+    # The model sorts the tokens of both texts and of a first frame: those that are no padding come first.
+    more_text = ("encoder_hidden_states_2", "image_embeds")
+    return _hunyuan_video(model, "hunyuan-video-15", {"double": "transformer_blocks"}, more_text)
+
+
+def _hunyuan_video(
+    model: nn.Module, name: str, parts: Mapping[str, str], more_text: tuple[str, ...] = ()
+) -> DenoiserView:
     config = config_of(model)
     patch = Grid(config.patch_size_t, config.patch_size, config.patch_size)
-    blocks: list[DenoiserBlock] = []
-    attentions: list[AttentionSite] = []
-    for index, block in enumerate(module_of(model, "transformer_blocks").children()):
-        path = f"transformer_blocks.{index}"
-        blocks.append(DenoiserBlock(index, path, block, "double", 0, ("vision", "text"), ("vision", "text")))
-        attentions.append(AttentionSite(f"{path}.attn", module_of(block, "attn"), "joint", index, "last"))
+    blocks, attentions = joint_blocks(model, parts, ("vision", "text"), ("vision", "text"), "last")
     return DenoiserView(
         model=model,
         family="mmdit",
-        architecture="hunyuan-video-15",
-        blocks=tuple(blocks),
-        attentions=tuple(attentions),
+        architecture=name,
+        blocks=blocks,
+        attentions=attentions,
         sample_name="hidden_states",
         timestep_name="timestep",
         text_name="encoder_hidden_states",
@@ -92,26 +76,21 @@ def build_hunyuan_video_15(model: nn.Module) -> DenoiserView:
         rotary=module_of(model, "rope"),
         patch=patch,
         grid_of=patched_grid(patch),
-        # The model sorts the tokens of both texts and of a first frame: those that are no padding come first.
-        more_text=("encoder_hidden_states_2", "image_embeds"),
+        more_text=more_text,
     )
 
 
 def build_cogvideox(model: nn.Module) -> DenoiserView:
     config = config_of(model)
     patch = Grid(config.patch_size_t or 1, config.patch_size, config.patch_size)
-    blocks: list[DenoiserBlock] = []
-    attentions: list[AttentionSite] = []
-    for index, block in enumerate(module_of(model, "transformer_blocks").children()):
-        path = f"transformer_blocks.{index}"
-        blocks.append(DenoiserBlock(index, path, block, "double", 0, ("vision", "text"), ("vision", "text")))
-        attentions.append(AttentionSite(f"{path}.attn1", module_of(block, "attn1"), "joint", index, "first"))
+    streams, parts = ("vision", "text"), {"double": "transformer_blocks"}
+    blocks, attentions = joint_blocks(model, parts, streams, streams, "first", attention="attn1")
     return DenoiserView(
         model=model,
         family="mmdit",
         architecture="cogvideox",
-        blocks=tuple(blocks),
-        attentions=tuple(attentions),
+        blocks=blocks,
+        attentions=attentions,
         sample_name="hidden_states",
         timestep_name="timestep",
         text_name="encoder_hidden_states",
