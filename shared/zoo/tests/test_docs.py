@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from pared_zoo.recipes import RECIPES
+from pared_zoo.shipped import FOLDER
 from pared_zoo.train import run
 
 ROOM = Path(__file__).parents[1]
@@ -63,6 +64,12 @@ def test_examples_of_the_readme_say_what_they_give():
 def test_examples_of_the_page_on_real_data_run(capsys):
     play("docs/real.md")
     assert "Paris" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (FOLDER / "mmdit-world").is_dir(), reason="mmdit-world is not trained here")
+def test_the_example_of_the_page_on_joint_attention_paints():
+    assert play("docs/mmdit.md")["image"].size == (96, 96)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pared_zoo.recipes import reading
-from pared_zoo.recipes.reading import QUESTIONS, answers, teach_reading
+from pared_zoo.recipes.reading import QUESTIONS, answers, read_once, teach_reading
 from pared_zoo.recipes.tokenizer import world_tokenizer
 from pared_zoo.world import Object, Scene, SceneDistribution, sample_scenes
 from pared_zoo.world.attributes import BACKGROUNDS, COLORS, PLACES, SHAPES, SIZES, TEXTURES
@@ -113,3 +113,16 @@ def test_reading_repeats_for_a_seed_and_leaves_the_random_state_alone(tokenizer,
     first, again, other = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in models)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_what_was_taught_once_is_read_from_the_file(tokenizer, small_batches, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading.teach_reading, "__defaults__", (3,))
+    scenes, cache = sample_scenes(50, 704), tmp_path / "text_encoder.safetensors"
+    taught, other, fresh = (encoder(tokenizer) for _ in range(3))
+    read_once(taught, tokenizer, scenes, cache, (0, 1), torch.device("cpu"), silent)
+    weights = taught.state_dict()
+    monkeypatch.setattr(reading, "teach_reading", lambda *a, **k: pytest.fail("taught twice"))
+    read_once(other, tokenizer, scenes, cache, (2, 3), torch.device("cpu"), silent)
+    assert all(torch.equal(weights[name], value) for name, value in other.state_dict().items())
+    assert any(not torch.equal(weights[name], value) for name, value in fresh.state_dict().items())
+    assert [p.name for p in tmp_path.iterdir()] == ["text_encoder.safetensors"]

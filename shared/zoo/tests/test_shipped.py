@@ -105,6 +105,27 @@ def test_sd_world_paints_the_same_picture_for_the_same_seed():
     assert not torch.equal(picture, paint("a small blue square on a navy background"))
 
 
+@pytest.mark.skipif("mmdit-world" not in SHIPPED, reason="mmdit-world is not trained here")
+def test_mmdit_world_paints_from_text_and_image_tokens_in_one_sequence():
+    pipe, counts = pared_zoo.load("mmdit-world"), set()
+
+    def count(module, args, kwargs):
+        counts.add((kwargs["hidden_states"].shape[1], kwargs["encoder_hidden_states"].shape[1]))
+
+    pipe.transformer.transformer_blocks[0].attn.register_forward_pre_hook(count, with_kwargs=True)
+
+    def paint(prompt):
+        generator = torch.Generator().manual_seed(3)
+        options = {"num_inference_steps": 2, "max_sequence_length": 32, "output_type": "pt"}
+        return pipe(prompt, generator=generator, **options).images
+
+    picture = paint("a large red circle on a gray background")
+    assert picture.shape == (1, 3, 96, 96)
+    assert counts == {(576, 64)}
+    assert torch.equal(picture, paint("a large red circle on a gray background"))
+    assert not torch.equal(picture, paint("a small blue square on a navy background"))
+
+
 @pytest.mark.skipif("vq-world" not in SHIPPED, reason="vq-world is not trained here")
 def test_vq_world_has_codes_of_length_one_and_gives_pictures_back():
     model, pixels = pared_zoo.load("vq-world"), to_model_range(render(sample_scenes(4, 9), 64))

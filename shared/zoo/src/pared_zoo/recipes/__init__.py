@@ -10,6 +10,7 @@ from pared_zoo.recipes.base import Batch, Recipe, Schedule, Track
 RECIPES: dict[str, tuple[str, str]] = {
     "vae-world": ("pared_zoo.recipes.vae_world", "VaeWorld"),
     "sd-world": ("pared_zoo.recipes.sd_world", "SdWorld"),
+    "mmdit-world": ("pared_zoo.recipes.mmdit_world", "MmditWorld"),
     "vlm-world": ("pared_zoo.recipes.vlm_world", "VlmWorld"),
     "ar-world": ("pared_zoo.recipes.ar_world", "ArWorld"),
     "emu3-world": ("pared_zoo.recipes.emu3_world", "Emu3World"),
