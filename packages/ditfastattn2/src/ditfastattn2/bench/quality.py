@@ -27,13 +27,14 @@ from ditfastattn2.bench.world import (
 )
 from ditfastattn2.plan import Plan
 
-DELTAS = (0.05, 0.2, 0.6, 1.0, 2.0)
+DELTAS = (0.05, 0.1, 0.2, 0.6, 1.0, 2.0)
 """For as many heads as large models have (`World.config`)."""
 BASIS = 0.5
 """Share of attention removed at which everything else is compared, with the plan that comes nearest to it."""
 ARROWS_ALONE = "arrows alone"
 METHODS = {
     ARROWS_ALONE: ("arrow:1/8", "arrow:1/16", "arrow:1/32"),
+    "reuse alone": ("cached",),
     "with shared guidance": ("cached", "cached_cfg", "arrow:1/8", "arrow:1/16", "arrow:1/32"),
     "with residuals": ("cached", "arrow:1/8+residual", "arrow:1/16+residual", "arrow:1/32+residual"),
 }
