@@ -28,7 +28,7 @@ CALIBRATION_PROMPTS = 8
 LARGE_HEADS = 24
 """Heads of a layer of Flux and Stable Diffusion 3, for which the paper's deltas are meant."""
 BLOCK = (16, 16)
-"""Blocks for 576 tokens, about the share of the picture that 128 are of 4096; in larger ones 1/16 and 1/32 would be the same."""
+"""Blocks for 576 tokens: about the share of them that 128 are of 4096. In larger ones, 1/16 and 1/32 would be alike."""
 
 REFERENCE_SEED = 30_000
 REFERENCE_PICTURES = 500
