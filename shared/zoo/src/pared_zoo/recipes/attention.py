@@ -103,7 +103,8 @@ class PlainJointAttention:
         if self.near is not None:
             # From all over the batch, whose rows may be in order of noise.
             several = slice(None, None, max(1, len(hidden_states) // self.near_rows))
-            self.farness.append(farness(*(x[several, : self.near_heads] for x in image[:2]), self.near))
+            watched_query, watched_key = (x[several, : self.near_heads] for x in image[:2])
+            self.farness.append(farness(watched_query, watched_key, self.near))
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(image, text, strict=True))
         attend = _products if query.device.type == "cpu" else _fused
         out = attend(query, key, value, text_bias).transpose(1, 2).flatten(2)
