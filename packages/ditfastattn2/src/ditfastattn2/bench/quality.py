@@ -35,6 +35,7 @@ ARROWS_ALONE = "arrows alone"
 METHODS = {
     ARROWS_ALONE: ("arrow:1/8", "arrow:1/16", "arrow:1/32"),
     "reuse alone": ("cached",),
+    "with 1/8 alone": ("cached", "arrow:1/8"),
     "with shared guidance": ("cached", "cached_cfg", "arrow:1/8", "arrow:1/16", "arrow:1/32"),
     "with residuals": ("cached", "arrow:1/8+residual", "arrow:1/16+residual", "arrow:1/32+residual"),
 }
