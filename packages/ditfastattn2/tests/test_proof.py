@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.proof, pytest.mark.slow, pytest.mark.timeout(3600)]
 PROMPTS = 24
 CALIBRATION_SECONDS = 120
 
-ALIKE = pytest.mark.xfail(strict=True, reason="steps of mmdit-world are alike, so reuse is nearly free; docs/evidence.md")
+ALIKE = pytest.mark.xfail(strict=True, reason="steps of mmdit-world are alike, reuse is nearly free; docs/evidence.md")
 
 
 @pytest.fixture(scope="module")
