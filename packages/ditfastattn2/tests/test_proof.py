@@ -10,7 +10,7 @@ from pared_bench import BenchContext
 
 pytestmark = [pytest.mark.proof, pytest.mark.slow, pytest.mark.timeout(3600)]
 
-PROMPTS = 24
+PROMPTS = 64
 CALIBRATION_SECONDS = 120
 
 ALIKE = pytest.mark.xfail(strict=True, reason="steps of mmdit-world are alike, reuse is nearly free; docs/evidence.md")
