@@ -9,7 +9,7 @@ from pared_bench import DemoContext, DemoResult, Figure, Table
 
 from ditfastattn2.bench import patterns
 from ditfastattn2.bench.controls import every_nth, interval_of_density
-from ditfastattn2.bench.world import CALIBRATION_PROMPTS, GUIDANCE, STEPS, Judge, Outcome, World
+from ditfastattn2.bench.world import CALIBRATION_PROMPTS, GUIDANCE, STEPS, WIDEST, Judge, Outcome, World
 from ditfastattn2.patterns import HeadPattern, local_share
 from ditfastattn2.picture import draw
 from ditfastattn2.plan import Plan
@@ -27,7 +27,7 @@ def run(context: DemoContext, *, prompt: str = "", delta: float = 0.6) -> DemoRe
     Raises `ConfigError` for a `delta` below 0.
     """
     world = World.load(context.device, context.seed)
-    config = world.config(delta)
+    config = world.config(delta, methods=WIDEST)
     context.log(f"calibrating on {CALIBRATION_PROMPTS} prompts")
     plan = world.calibrate(config)
     count = FULL_PROMPTS if context.full else PROMPTS

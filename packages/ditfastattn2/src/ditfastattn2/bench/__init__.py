@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pared_bench import BenchContext, Record
 
-EXPERIMENTS = ("patterns", "quality", "transfer", "cpu", "speed")
+EXPERIMENTS = ("patterns", "quality", "widest", "transfer", "cpu", "speed")
 
 
 def run(context: BenchContext, *, experiments: str = ",".join(EXPERIMENTS), prompts: int = 64) -> list[Record]:
@@ -18,8 +18,8 @@ def run(context: BenchContext, *, experiments: str = ",".join(EXPERIMENTS), prom
     if not 2 <= prompts <= 400:
         raise ValueError(f"prompts={prompts!r} must be 2 to 400")
     records: list[Record] = []
-    if {"patterns", "quality", "transfer"} & set(chosen):
-        from ditfastattn2.bench import patterns, quality, transfer
+    if {"patterns", "quality", "widest", "transfer"} & set(chosen):
+        from ditfastattn2.bench import patterns, quality, transfer, widest
         from ditfastattn2.bench.claims import claims
         from ditfastattn2.bench.world import World
 
@@ -28,6 +28,8 @@ def run(context: BenchContext, *, experiments: str = ",".join(EXPERIMENTS), prom
             records += patterns.run(context, world)
         if "quality" in chosen:
             records += quality.run(context, world, prompts)
+        if "widest" in chosen:
+            records += widest.run(context, world, prompts)
         if "transfer" in chosen:
             records += transfer.run(context, world, prompts)
         records += claims(records)

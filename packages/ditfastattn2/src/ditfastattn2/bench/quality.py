@@ -19,6 +19,7 @@ from ditfastattn2.bench.world import (
     GUIDANCE,
     MODEL,
     STEPS,
+    WIDEST,
     DenoiserFlops,
     Judge,
     Outcome,
@@ -35,7 +36,7 @@ ARROWS_ALONE = "arrows alone"
 METHODS = {
     ARROWS_ALONE: ("arrow:1/8", "arrow:1/16", "arrow:1/32"),
     "reuse alone": ("cached",),
-    "with 1/8 alone": ("cached", "arrow:1/8"),
+    "with 1/8 alone": WIDEST,
     "with shared guidance": ("cached", "cached_cfg", "arrow:1/8", "arrow:1/16", "arrow:1/32"),
     "with residuals": ("cached", "arrow:1/8+residual", "arrow:1/16+residual", "arrow:1/32+residual"),
 }
@@ -134,13 +135,15 @@ def _sample_one(world: World, way: Any) -> None:
         )
 
 
-def records_of(arm: Arm, outcome: Outcome, judge: Judge, attention: float, base: Outcome) -> list[Record]:
+def records_of(
+    arm: Arm, outcome: Outcome, judge: Judge, attention: float, base: Outcome, experiment: str = "quality"
+) -> list[Record]:
     """Scores with bootstrapped 95 % intervals, attention removed and computed, and seconds of one arm, by image.
 
     `attention` are the FLOPs of all attention in one denoiser call for one prompt.
     """
     count = len(outcome.images)
-    settings = {"experiment": "quality", "model": MODEL, "prompts": count, "steps": STEPS, "guidance": GUIDANCE}
+    settings = {"experiment": experiment, "model": MODEL, "prompts": count, "steps": STEPS, "guidance": GUIDANCE}
     records = []
 
     def add(metric: str, value: float, unit: str = "", spread: tuple[float, float] | None = None) -> None:

@@ -30,6 +30,9 @@ LARGE_HEADS = 24
 BLOCK = (16, 16)
 """Blocks for 576 tokens: about the share of them that 128 are of 4096. In larger ones, 1/16 and 1/32 would be alike."""
 
+WIDEST = ("cached", "arrow:1/8")
+"""Methods for so few tokens: narrower arrows would save little more than 1/8 does, and their errors are larger."""
+
 REFERENCE_SEED = 30_000
 REFERENCE_PICTURES = 500
 FRECHET_STAGE = 3
