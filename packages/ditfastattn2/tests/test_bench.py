@@ -10,7 +10,7 @@ import torch
 from dfa_models import MODELS
 from dfa_pipelines import pipeline
 from ditfastattn2 import bench, demo
-from ditfastattn2.bench import claims, controls, cpu, patterns, quality, speed, synthetic, transfer, world
+from ditfastattn2.bench import claims, controls, cpu, patterns, quality, speed, synthetic, transfer, widest, world
 from ditfastattn2.bench.world import World
 from pared_bench import BenchContext, DemoContext, Record
 
@@ -27,7 +27,7 @@ def small(monkeypatch):
     monkeypatch.setattr(type(pipe), "__call__", fixed)
     monkeypatch.setattr(World, "load", classmethod(lambda cls, device, seed: cls(pipe, seed)))
     monkeypatch.setattr(world, "BLOCK", (16, 16))
-    for module in (world, demo, quality, transfer):
+    for module in (world, demo, quality, transfer, widest):
         monkeypatch.setattr(module, "CALIBRATION_PROMPTS", 2)
     for module in (world, quality, patterns, claims):
         monkeypatch.setattr(module, "STEPS", 3)
@@ -94,6 +94,21 @@ def test_every_arm_of_the_quality_bench_gives_its_scores_and_what_it_removed(sma
     assert {claim for _, _, claim in claims.AT_EQUAL_COST} < told
     assert len(told) == len(claims.AT_EQUAL_COST) + 6
     assert not any(hasattr(module, "_pared") for module in small.pipe.transformer.modules())
+
+
+def test_the_widest_arrow_is_swept_beside_reuse_of_everything(small, monkeypatch):
+    monkeypatch.setattr(widest, "DELTAS", (0.2, 0.6, 3.0))
+    monkeypatch.setattr(widest, "INTERVALS", (2, 3))
+    monkeypatch.setattr(widest, "MOST_PROMPTS", 2)
+    records = widest.run(BenchContext(), small, 3)
+    removed = {one.variant: one.value for one in records if one.metric == "attention_removed"}
+    assert [name.startswith("1/8 and reuse") for name in removed] == [True] * 3 + [False] * 2
+    assert removed[widest.reuse_of(2)] == pytest.approx(1 / 3), "one of three steps"
+    assert {one.settings["experiment"] for one in records} == {widest.EXPERIMENT} < set(claims.EXPERIMENTS)
+    assert {one.samples for one in records} == {2}
+    assert [one.variant for one in claims.claims(records)] == [
+        "heads with 1/8 and reuse are closer than reusing all attention"
+    ]
 
 
 def test_a_plan_of_whole_layers_gives_all_heads_of_a_layer_one_method(small):
@@ -239,6 +254,10 @@ def test_claims_are_margins_of_what_was_measured():
         record("one window 3/64, no text stripes", "psnr", 22),
         record("one window 3/64, no text stripes", "accuracy", 0.85),
         record("11 steps of 20", "psnr", 29),
+        *(record(f"1/8 and reuse, delta {x}", "psnr", 40 - 10 * x, "widest arrow") for x in (0, 1, 2)),
+        *(record(f"1/8 and reuse, delta {x}", "attention_removed", x / 4, "widest arrow") for x in (0, 1, 2)),
+        *(record(f"everything reused at {n} steps", "psnr", psnr, "widest arrow") for n, psnr in ((1, 33), (2, 24))),
+        *(record(f"everything reused at {n} steps", "attention_removed", n / 8, "widest arrow") for n in (1, 2)),
         record("plan of these prompts", "psnr", 30, "transfer"),
         record("plan of other prompts", "psnr", 29.8, "transfer"),
         record("all heads", "local_share", 0.3, "patterns"),
@@ -252,6 +271,8 @@ def test_claims_are_margins_of_what_was_measured():
     # Where plans remove 0.2, half way between delta 0.6 and 1, they are at 28.5 dB.
     assert margins["heads are closer than one window for all"] == pytest.approx(2.5)
     assert margins["heads are closer than fewer steps"] == pytest.approx(1)
+    # Half way between 40 and 30 dB, 2 more than reuse; 6 more at the other cost.
+    assert margins["heads with 1/8 and reuse are closer than reusing all attention"] == pytest.approx(2)
     assert margins["windows without text stripes lose 3 dB"] == pytest.approx(1)
     assert margins["windows without text stripes lose 10 points of accuracy"] == pytest.approx(-0.05)
     # At 32.5 dB, half way between delta 0.2 and 0.6, the plans remove 0.1.
