@@ -104,11 +104,8 @@ def test_the_widest_arrow_is_swept_beside_reuse_of_everything(small, monkeypatch
     removed = {one.variant: one.value for one in records if one.metric == "attention_removed"}
     assert [name.startswith("1/8 and reuse") for name in removed] == [True] * 3 + [False] * 2
     assert removed[widest.reuse_of(2)] == pytest.approx(1 / 3), "one of three steps"
-    assert {one.settings["experiment"] for one in records} == {widest.EXPERIMENT} < set(claims.EXPERIMENTS)
+    assert {one.settings["experiment"] for one in records} == {widest.EXPERIMENT}
     assert {one.samples for one in records} == {2}
-    assert [one.variant for one in claims.claims(records)] == [
-        "heads with 1/8 and reuse are closer than reusing all attention"
-    ]
 
 
 def test_a_plan_of_whole_layers_gives_all_heads_of_a_layer_one_method(small):
@@ -254,10 +251,6 @@ def test_claims_are_margins_of_what_was_measured():
         record("one window 3/64, no text stripes", "psnr", 22),
         record("one window 3/64, no text stripes", "accuracy", 0.85),
         record("11 steps of 20", "psnr", 29),
-        *(record(f"1/8 and reuse, delta {x}", "psnr", 40 - 10 * x, "widest arrow") for x in (0, 1, 2)),
-        *(record(f"1/8 and reuse, delta {x}", "attention_removed", x / 4, "widest arrow") for x in (0, 1, 2)),
-        *(record(f"everything reused at {n} steps", "psnr", psnr, "widest arrow") for n, psnr in ((1, 33), (2, 24))),
-        *(record(f"everything reused at {n} steps", "attention_removed", n / 8, "widest arrow") for n in (1, 2)),
         record("plan of these prompts", "psnr", 30, "transfer"),
         record("plan of other prompts", "psnr", 29.8, "transfer"),
         record("all heads", "local_share", 0.3, "patterns"),
@@ -271,8 +264,6 @@ def test_claims_are_margins_of_what_was_measured():
     # Where plans remove 0.2, half way between delta 0.6 and 1, they are at 28.5 dB.
     assert margins["heads are closer than one window for all"] == pytest.approx(2.5)
     assert margins["heads are closer than fewer steps"] == pytest.approx(1)
-    # Half way between 40 and 30 dB, 2 more than reuse; 6 more at the other cost.
-    assert margins["heads with 1/8 and reuse are closer than reusing all attention"] == pytest.approx(2)
     assert margins["windows without text stripes lose 3 dB"] == pytest.approx(1)
     assert margins["windows without text stripes lose 10 points of accuracy"] == pytest.approx(-0.05)
     # At 32.5 dB, half way between delta 0.2 and 0.6, the plans remove 0.1.

@@ -15,7 +15,7 @@ from pared_bench import Record
 from ditfastattn2.bench.quality import ARROWS_ALONE, DELTAS
 from ditfastattn2.bench.world import MODEL, STEPS
 
-EXPERIMENTS = ("quality", "widest arrow", "transfer", "patterns")
+EXPERIMENTS = ("quality", "transfer", "patterns")
 LOCAL_HEADS = 0.25
 """Share of the heads that must keep most of the picture's attention to itself near."""
 
@@ -38,8 +38,7 @@ def claims(records: Iterable[Record]) -> list[Record]:
         if record.value is not None and record.settings.get("experiment") in EXPERIMENTS:
             values[record.metric][record.variant] = record.value
     result = []
-    found = (*_of_heads(values), *_of_plans(values), *_of_windows(values), *_of_the_widest(values))
-    for claim, margin, needed, unit in found:
+    for claim, margin, needed, unit in (*_of_heads(values), *_of_plans(values), *_of_windows(values)):
         settings = {"experiment": "claims", "model": MODEL, "needed": needed}
         result.append(Record("ditfastattn2", claim, "margin", margin - needed, unit, settings))
     return result
@@ -94,16 +93,6 @@ def _of_windows(values: Values) -> Iterator[tuple[str, float, float, str]]:
         whole = bare.replace(", no text stripes", " for all")
         yield "windows without text stripes lose 3 dB", psnr[whole] - psnr[bare], 3.0, "dB"
         yield "windows without text stripes lose 10 points of accuracy", accuracy[whole] - accuracy[bare], 0.1, ""
-
-
-def _of_the_widest(values: Values) -> Iterator[tuple[str, float, float, str]]:
-    """Whether plans of reuse and the widest arrow are closer than reuse of everything at each of its costs."""
-    psnr, removed = values["psnr"], values["attention_removed"]
-    curve = [(removed[name], psnr[name]) for name in psnr if name.startswith("1/8 and reuse")]
-    others = [name for name in psnr if name.startswith("everything reused")]
-    if len(curve) > 2 and others:
-        margin = min(_interpolated(curve, removed[name]) - psnr[name] for name in others)
-        yield "heads with 1/8 and reuse are closer than reusing all attention", margin, 0.0, "dB"
 
 
 def _interpolated(points: list[tuple[float, float]], x: float) -> float:
