@@ -16,7 +16,7 @@ from pared_zoo.recipes.attention import plain_attention
 from pared_zoo.recipes.base import Batch, Recipe, Schedule, Track
 from pared_zoo.recipes.latents import tokenize_scenes
 from pared_zoo.recipes.layout import layouts
-from pared_zoo.recipes.painting import BLOCK, painted_accuracy
+from pared_zoo.recipes.painting import BLOCK, load_pipeline, painted_accuracy
 from pared_zoo.recipes.reading import caption_encoder, read_once
 from pared_zoo.recipes.sd_world import HELD_OUT_SEED, MAX_TOKENS, held_out_scenes, training_scenes
 from pared_zoo.recipes.sight import LOOKS, PLACE, look_loss
@@ -162,9 +162,7 @@ class ArWorld(Recipe):
 
     @staticmethod
     def load(folder: Path) -> Any:
-        pipeline = LlamaGenPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return load_pipeline(LlamaGenPipeline, folder)
 
     @torch.no_grad()
     def evaluate(self, folder: Path, device: torch.device, track: Track) -> dict[str, float]:

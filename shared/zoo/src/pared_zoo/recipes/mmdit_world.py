@@ -15,8 +15,8 @@ from pared_zoo.recipes.heads import near_mass
 from pared_zoo.recipes.latents import encode_scenes
 from pared_zoo.recipes.layout import layouts
 from pared_zoo.recipes.painter import Painter
-from pared_zoo.recipes.painting import painted_accuracy
-from pared_zoo.recipes.reading import read_once
+from pared_zoo.recipes.painting import load_pipeline, painted_accuracy
+from pared_zoo.recipes.reading import caption_encoder, caption_ids, read_once
 from pared_zoo.recipes.sd_world import (
     CFG_DROPOUT,
     HELD_OUT_SEED,
@@ -112,24 +112,8 @@ class MmditWorld(Recipe):
         return Painter(first, second, transformer)
 
     def _reader(self) -> Any:
-        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
         a = ARCHITECTURE[self.size]
-        tokenizer = world_tokenizer(MAX_TOKENS)
-        return CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=a["text_width"],
-                intermediate_size=4 * a["text_width"],
-                num_hidden_layers=a["text_layers"],
-                num_attention_heads=4,
-                max_position_embeddings=MAX_TOKENS,
-                projection_dim=a["text_width"],
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
+        return caption_encoder(world_tokenizer(MAX_TOKENS), a["text_width"], a["text_layers"], projection=True)
 
     def muon_parameters(self, module: Any) -> list[torch.nn.Parameter]:
         # What attends and what follows it; modulation, which starts at zero, is left to AdamW.
@@ -159,15 +143,11 @@ class MmditWorld(Recipe):
         if step < ALONE_UNTIL * self.schedule.steps:
             rows = self._alone[rows % len(self._alone)]
         scenes = [self._scenes[row] for row in rows]
-        seeds, dropped = rng.integers(2**31, size=count), rng.random(count) < CFG_DROPOUT
-        texts = [
-            "" if drop else caption(scene, int(seed)) for scene, seed, drop in zip(scenes, seeds, dropped, strict=True)
-        ]
-        ids = self._tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+        ids = caption_ids(scenes, rng, self._tokenizer, CFG_DROPOUT)
         looks, places = layouts(scenes, SIDE // 2 if merged else SIDE)
         return {
             "latents": self._latents[torch.from_numpy(rows)].float(),
-            "input_ids": ids["input_ids"],
+            "input_ids": ids,
             "looks": looks,
             "places": places,
             "merged": torch.tensor(merged),
@@ -217,9 +197,7 @@ class MmditWorld(Recipe):
     def load(folder: Path) -> Any:
         from diffusers import StableDiffusion3Pipeline
 
-        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return load_pipeline(StableDiffusion3Pipeline, folder)
 
     def evaluate(self, folder: Path, device: torch.device, track: Track) -> dict[str, float]:
         pipeline, scenes = self.load(folder).to(device), held_out_scenes()

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from pared_zoo.recipes.base import Track
 from pared_zoo.world import Scene, attribute_accuracy, caption
 
 BLOCK = 50
+
+
+def load_pipeline(kind: Any, folder: Path) -> Any:
+    """Read a pipeline of class ``kind`` back, in float32 and without progress bars."""
+    pipeline = kind.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def painted_accuracy(

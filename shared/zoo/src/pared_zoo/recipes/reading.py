@@ -56,11 +56,12 @@ def answers(scene: Scene) -> list[int]:
     return [*words, list(BACKGROUNDS).index(scene.background), arrangement, place, min(len(scene.objects), 3) - 1]
 
 
-def caption_encoder(tokenizer: Any, width: int, layers: int) -> Any:
-    """A new ``CLIPTextModel`` for captions of at most the tokenizer's length."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def caption_encoder(tokenizer: Any, width: int, layers: int, projection: bool = False) -> Any:
+    """A new ``CLIPTextModel``, or one with projection, for captions of at most the tokenizer's length."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    return CLIPTextModel(
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
@@ -74,6 +75,15 @@ def caption_encoder(tokenizer: Any, width: int, layers: int) -> Any:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def caption_ids(scenes: Sequence[Scene], rng: np.random.Generator, tokenizer: Any, dropout: float) -> torch.Tensor:
+    """Tokens (scenes, tokenizer's length) of one caption a scene; of the empty text for a share ``dropout``."""
+    seeds, dropped = rng.integers(2**31, size=len(scenes)), rng.random(len(scenes)) < dropout
+    texts = [
+        "" if drop else caption(scene, int(seed)) for scene, seed, drop in zip(scenes, seeds, dropped, strict=True)
+    ]
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
 
 
 def read_once(

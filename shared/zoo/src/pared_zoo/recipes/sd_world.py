@@ -12,8 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pared_zoo.recipes.base import Batch, Recipe, Schedule, Track
 from pared_zoo.recipes.latents import encode_scenes
-from pared_zoo.recipes.painting import painted_accuracy
-from pared_zoo.recipes.reading import caption_encoder, read_once
+from pared_zoo.recipes.painting import load_pipeline, painted_accuracy
+from pared_zoo.recipes.reading import caption_encoder, caption_ids, read_once
 from pared_zoo.recipes.tokenizer import world_tokenizer
 from pared_zoo.shipped import path
 from pared_zoo.world import Scene, SceneDistribution, caption, iter_scenes, sample_scenes
@@ -108,16 +108,10 @@ class SdWorld(Recipe):
     def batch(self, step: int, rank: int, size: int) -> Batch:
         rng = np.random.default_rng([self.seed_of(2, step, rank)])
         rows = rng.integers(len(self._scenes), size=size)
-        seeds = rng.integers(2**31, size=size)
-        dropped = rng.random(size) < CFG_DROPOUT
-        texts = [
-            "" if drop else caption(self._scenes[row], int(seed))
-            for row, seed, drop in zip(rows, seeds, dropped, strict=True)
-        ]
-        ids = self._tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+        ids = caption_ids([self._scenes[row] for row in rows], rng, self._tokenizer, CFG_DROPOUT)
         latents = self._latents[torch.from_numpy(rows)].float()
         layout = torch.tensor(step >= LAYOUT_FROM * self.schedule.steps)
-        return {"latents": latents, "input_ids": ids["input_ids"], "layout": layout}
+        return {"latents": latents, "input_ids": ids, "layout": layout}
 
     def loss(self, module: torch.nn.Module, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         latents = batch["latents"].contiguous(memory_format=torch.channels_last)
@@ -157,9 +151,7 @@ class SdWorld(Recipe):
     def load(folder: Path) -> Any:
         from diffusers import StableDiffusionPipeline
 
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return load_pipeline(StableDiffusionPipeline, folder)
 
     def evaluate(self, folder: Path, device: torch.device, track: Track) -> dict[str, float]:
         pipeline = self.load(folder).to(device)
