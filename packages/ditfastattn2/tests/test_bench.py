@@ -27,7 +27,7 @@ def small(monkeypatch):
     monkeypatch.setattr(type(pipe), "__call__", fixed)
     monkeypatch.setattr(World, "load", classmethod(lambda cls, device, seed: cls(pipe, seed)))
     monkeypatch.setattr(world, "BLOCK", (16, 16))
-    for module in (world, demo, quality, transfer, widest):
+    for module in (world, demo, quality, transfer):
         monkeypatch.setattr(module, "CALIBRATION_PROMPTS", 2)
     for module in (world, quality, patterns, claims):
         monkeypatch.setattr(module, "STEPS", 3)
@@ -102,7 +102,7 @@ def test_the_widest_arrow_is_swept_beside_reuse_of_everything(small, monkeypatch
     monkeypatch.setattr(widest, "MOST_PROMPTS", 2)
     records = widest.run(BenchContext(), small, 3)
     removed = {one.variant: one.value for one in records if one.metric == "attention_removed"}
-    assert [name.startswith("1/8 and reuse") for name in removed] == [True] * 3 + [False] * 2
+    assert [name.startswith("1/8 and reuse") for name in removed] == [False] + [True] * 3 + [False] * 2
     assert removed[widest.reuse_of(2)] == pytest.approx(1 / 3), "one of three steps"
     assert {one.settings["experiment"] for one in records} == {widest.EXPERIMENT}
     assert {one.samples for one in records} == {2}

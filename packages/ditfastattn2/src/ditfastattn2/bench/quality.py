@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,15 +58,26 @@ class Arm:
 
 def run(context: BenchContext, world: World, prompts: int) -> list[Record]:
     """Every arm on the same held-out prompts and latents."""
+    return compare(context, world, prompts, lambda flops: arms(context, world, flops))
+
+
+def compare(
+    context: BenchContext,
+    world: World,
+    prompts: int,
+    arms_of: Callable[[DenoiserFlops], Iterable[Arm]],
+    experiment: str = "quality",
+) -> list[Record]:
+    """Pictures of each arm beside those without compression, of the same held-out prompts and latents."""
     scenes = world.scenes[CALIBRATION_PROMPTS : CALIBRATION_PROMPTS + prompts]
     texts = world.texts(prompts, CALIBRATION_PROMPTS)
     base = world.sample(texts, None, context, "without compression")
     judge = Judge(scenes, base)
     flops = world.denoiser_flops()
-    records = records_of(Arm("base", removed=0.0), base, judge, flops.attention, base)
-    for arm in arms(context, world, flops):
+    records = records_of(Arm("base", removed=0.0), base, judge, flops.attention, base, experiment)
+    for arm in arms_of(flops):
         outcome = world.sample(texts, arm.way, context, arm.name, arm.steps or STEPS)
-        records += records_of(arm, outcome, judge, flops.attention, base)
+        records += records_of(arm, outcome, judge, flops.attention, base, experiment)
     return records
 
 
@@ -136,7 +147,7 @@ def _sample_one(world: World, way: Any) -> None:
 
 
 def records_of(
-    arm: Arm, outcome: Outcome, judge: Judge, attention: float, base: Outcome, experiment: str = "quality"
+    arm: Arm, outcome: Outcome, judge: Judge, attention: float, base: Outcome, experiment: str
 ) -> list[Record]:
     """Scores with bootstrapped 95 % intervals, attention removed and computed, and seconds of one arm, by image.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from pared_bench import BenchContext, Record
 
 from ditfastattn2.bench import controls
-from ditfastattn2.bench.quality import DELTAS, Arm, records_of
-from ditfastattn2.bench.world import CALIBRATION_PROMPTS, WIDEST, Judge, World
+from ditfastattn2.bench.quality import DELTAS, Arm, compare
+from ditfastattn2.bench.world import WIDEST, World
 
 EXPERIMENT = "widest arrow"
 MOST_PROMPTS = 32
@@ -15,19 +17,15 @@ INTERVALS = (2, 3, 4)
 
 def run(context: BenchContext, world: World, prompts: int) -> list[Record]:
     """Every arm on the same held-out prompts and latents."""
-    count = min(MOST_PROMPTS, prompts)
-    texts = world.texts(count, CALIBRATION_PROMPTS)
-    base = world.sample(texts, None, context, "without compression")
-    judge = Judge(world.scenes[CALIBRATION_PROMPTS : CALIBRATION_PROMPTS + count], base)
-    attention = world.denoiser_flops().attention
+    return compare(context, world, min(MOST_PROMPTS, prompts), lambda _: _arms(world), EXPERIMENT)
+
+
+def _arms(world: World) -> Iterator[Arm]:
     plans = {delta: world.calibrate(world.config(delta, methods=WIDEST)) for delta in DELTAS}
-    arms = [Arm(f"1/8 and reuse, delta {delta:g}", plan) for delta, plan in plans.items()]
-    arms += [Arm(reuse_of(every), controls.every_nth(plans[DELTAS[0]], every)) for every in INTERVALS]
-    records = []
-    for arm in arms:
-        outcome = world.sample(texts, arm.way, context, arm.name)
-        records += records_of(arm, outcome, judge, attention, base, experiment=EXPERIMENT)
-    return records
+    for delta, plan in plans.items():
+        yield Arm(f"1/8 and reuse, delta {delta:g}", plan)
+    for interval in INTERVALS:
+        yield Arm(reuse_of(interval), controls.every_nth(plans[DELTAS[0]], interval))
 
 
 def reuse_of(interval: int) -> str:
